@@ -1,0 +1,154 @@
+"""LARS: layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from conjugo.errors import check
+from conjugo.optim._base import Group, as_real, zeros_for
+from conjugo.optim._layerwise import LayerwiseOptimizer, choose, masked, masked_foreach
+
+__all__ = ["LARS", "lars_trust_ratio"]
+
+
+class LARS(LayerwiseOptimizer):
+    r"""Momentum SGD whose learning rate is scaled, layer by layer, to the ratio of weight norm and gradient norm.
+
+    .. math::
+        \lambda = \eta \frac{\|w\|}{\|g\| + \beta \|w\| + \varepsilon}, \qquad
+        v \leftarrow m v + \gamma \lambda (g + \beta w), \qquad w \leftarrow w - v
+
+    (Algorithm 1 of the paper; with ``nesterov``, :math:`w \leftarrow w - (m v + \gamma \lambda (g + \beta w))`.)
+    The learning rate is inside the velocity, so that a schedule acts smoothly. If the weights or the gradient of a
+    layer are all zero, :math:`\lambda = 1`.
+
+    Args:
+        params: parameters or parameter groups; real or complex floating point.
+        lr: :math:`\gamma \geq 0`, a number or a 0-d tensor.
+        momentum: :math:`m`, in [0, 1).
+        weight_decay: :math:`\beta \geq 0`, coupled: it enters the ratio and the velocity.
+        nesterov: look ahead along the velocity; needs ``momentum > 0``.
+        trust_coefficient: :math:`\eta > 0`.
+        eps: :math:`\varepsilon \geq 0`.
+        trust_bounds: smallest and largest :math:`\lambda`; ``(1, 1)`` makes the method momentum SGD.
+        adapt_vectors: scale parameters with fewer than two dimensions (biases, normalisation) too. By default they
+            take :math:`\lambda = 1`: their norms say little about a layer.
+        foreach: update lists of tensors at once; by default on accelerators only.
+        maximize: ascend instead of descend.
+
+    State: ``momentum_buffer``, one vector per parameter, float32 for bfloat16 and float16 parameters.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: a parameter is of an integer type.
+
+    >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    >>> w.grad = torch.tensor([[0.0, 2.0]])
+    >>> LARS([w], lr=1.0, trust_coefficient=0.1).step()  # the ratio is 0.1 * 5 / 2
+    >>> w.data
+    tensor([[3.0000, 3.5000]])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-9,
+        trust_bounds: tuple[float, float] = (0.0, math.inf),
+        adapt_vectors: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "trust_bounds": trust_bounds,
+            "adapt_vectors": adapt_vectors,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        momentum, coefficient, eps = group["momentum"], group["trust_coefficient"], group["eps"]
+        check(0 <= momentum < 1, "LARS", "momentum", momentum, "in [0, 1)")
+        check(momentum > 0 or not group["nesterov"], "LARS", "momentum", momentum, "positive with nesterov=True")
+        check(0 < coefficient < math.inf, "LARS", "trust_coefficient", coefficient, "in (0, inf)")
+        check(0 <= eps < math.inf, "LARS", "eps", eps, "in [0, inf)")
+
+    def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
+        return {"momentum_buffer": zeros_for(p)} | super()._init_state(p, group)
+
+    def _update(self, group: Group, p: Tensor, grad_norm: Tensor, ok: Tensor) -> None:
+        momentum, velocity = group["momentum"], self.state[p]["momentum_buffer"]
+        update = masked(p, ok=ok, maximize=group["maximize"])
+        (scale,) = self._scales(group, [p], [grad_norm], ok)
+        w = as_real(p)
+        if group["weight_decay"]:
+            update.add_(w, alpha=group["weight_decay"])
+        update.mul_(scale)
+        velocity.mul_(choose(ok, momentum, 1.0)).add_(update)
+        if group["nesterov"]:
+            update.addcmul_(velocity, choose(ok, momentum, 0.0))
+        else:
+            torch.mul(velocity, ok, out=update)
+        w.sub_(update)
+
+    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: list[Tensor], ok: Tensor) -> None:
+        momentum, velocities = group["momentum"], [self.state[p]["momentum_buffer"] for p in params]
+        updates = masked_foreach(params, ok=ok, maximize=group["maximize"])
+        scales = self._scales(group, params, grad_norms, ok)
+        ws = [as_real(p) for p in params]
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, ws, alpha=group["weight_decay"])
+        torch._foreach_mul_(updates, scales)
+        torch._foreach_mul_(velocities, choose(ok, momentum, 1.0))
+        torch._foreach_add_(velocities, updates)
+        if group["nesterov"]:
+            torch._foreach_addcmul_(updates, velocities, [choose(ok, momentum, 0.0)] * len(params))
+        else:
+            torch._foreach_copy_(updates, velocities)
+            torch._foreach_mul_(updates, ok)
+        torch._foreach_sub_(ws, updates)
+
+    def _trust_ratio(self, group: Group, weight_norms: Tensor, others: Tensor) -> Tensor:
+        return lars_trust_ratio(
+            weight_norms,
+            others,
+            coefficient=group["trust_coefficient"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            bounds=group["trust_bounds"],
+        )
+
+
+def lars_trust_ratio(
+    weight_norm: Tensor,
+    grad_norm: Tensor,
+    *,
+    coefficient: float,
+    weight_decay: float,
+    eps: float,
+    bounds: tuple[float, float] = (0.0, math.inf),
+) -> Tensor:
+    """coefficient * weight_norm / (grad_norm + weight_decay * weight_norm + eps), clamped to *bounds*.
+
+    weight_norm, grad_norm: Euclidean norms (same shape, one entry for each layer); where one of them is zero the ratio
+    is 1 before clamping. Source: You, Gitman & Ginsburg 2017, equation 6; eps is ours.
+    """
+    ratio = coefficient * weight_norm / (grad_norm + weight_decay * weight_norm + eps)
+    return torch.where((weight_norm > 0) & (grad_norm > 0), ratio, 1.0).clamp(*bounds)
