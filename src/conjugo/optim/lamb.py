@@ -47,7 +47,7 @@ class LAMB(LayerwiseOptimizer):
     >>> w.grad = torch.tensor([[7.0, -0.1]])
     >>> LAMB([w], lr=0.1).step()  # the first update is the sign of the gradient: norm sqrt(2), that of w is 5
     >>> w.data
-    tensor([[2.6464, 4.3535]])
+    tensor([[2.6464, 4.3536]])
     """
 
     def __init__(
