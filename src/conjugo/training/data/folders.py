@@ -1,0 +1,194 @@
+"""Data sets in a folder: parquet files of encoded images, MNIST-style npz files, one folder of images per class."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from conjugo.errors import CorruptFile, DataUnavailable
+from conjugo.training.data.dataset import Dataset
+from conjugo.training.data.source import Source, image_dataset, require
+
+__all__ = ["find_imagefolder", "find_npz", "find_parquet"]
+
+_IMAGE_COLUMNS = ("webp", "jpeg", "png", "image")
+_CLASSES_FILE = "classes.txt"
+# Where the folder has no classes.txt.
+_CLASSES = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "mnist": tuple("0123456789"),
+}
+_BLOCK = 256  # images per task of the thread pool: a task per image would cost more than decoding one
+
+
+def find_parquet(name: str, folder: Path, image_size: int | None) -> Source | None:
+    """``train*.parquet``, ``test*.parquet``: encoded images in a column webp, jpeg, png or image, classes in label."""
+    train, test = sorted(folder.glob("train*.parquet")), sorted(folder.glob("test*.parquet"))
+    if not train or not test:
+        return None
+
+    def read() -> Dataset:
+        blobs, labels = _read_parquet([*train, *test])
+        boundary = sum(len(blobs[path]) for path in train)
+        encoded = [(f"{path}, row {row}", blob) for path in blobs for row, blob in enumerate(blobs[path])]
+        images = _decode([place for place, _ in encoded], lambda i: encoded[i][1], image_size)
+        targets = np.concatenate([labels[path] for path in blobs])
+        return image_dataset(
+            name,
+            folder,
+            _classes(name, folder),
+            (images[:boundary], targets[:boundary]),
+            (images[boundary:], targets[boundary:]),
+        )
+
+    return Source(name, folder, (*train, *test, *_classes_file(folder)), _variant(image_size), read)
+
+
+def find_npz(name: str, folder: Path) -> Source | None:
+    """An npz file with x_train, y_train, x_test, y_test: ``<name>.npz``, or the only npz file there is."""
+    named, files = folder / f"{name}.npz", sorted(folder.glob("*.npz"))
+    if not named.is_file() and len(files) != 1:
+        return None
+    path = named if named.is_file() else files[0]
+
+    def read() -> Dataset:
+        try:
+            # No pickles: an npz file from anywhere cannot execute code.
+            with np.load(path, allow_pickle=False) as arrays:
+                train = _npz_pair(arrays["x_train"], arrays["y_train"])
+                test = _npz_pair(arrays["x_test"], arrays["y_test"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise CorruptFile(f"{path}: not an MNIST-style npz file ({error})") from error
+        return image_dataset(name, folder, _classes(name, folder), train, test)
+
+    return Source(name, folder, (path, *_classes_file(folder)), "", read)
+
+
+def find_imagefolder(name: str, folder: Path, image_size: int | None) -> Source | None:
+    """``train/<class>/*`` and ``val/<class>/*`` (or ``test/``), as torchvision's ImageFolder reads them."""
+    train = folder / "train"
+    test = next((path for path in (folder / "val", folder / "test") if path.is_dir()), None)
+    if not train.is_dir() or test is None:
+        return None
+    vision = require("torchvision.datasets", "vision", "a folder of images")
+    try:
+        splits = [vision.ImageFolder(str(path)) for path in (train, test)]
+    except (FileNotFoundError, RuntimeError) as error:
+        raise DataUnavailable(f"{folder}: not one folder per class ({error})") from error
+    if splits[0].classes != splits[1].classes:
+        raise CorruptFile(f"{folder}: {train.name} and {test.name} have different classes")
+    samples = [(Path(path), label) for split in splits for path, label in split.samples]
+    boundary = len(splits[0].samples)
+
+    def read() -> Dataset:
+        paths = [path for path, _ in samples]
+        images = _decode([str(path) for path in paths], lambda i: paths[i].read_bytes(), image_size)
+        labels = np.array([label for _, label in samples], dtype=np.int64)
+        classes = tuple(splits[0].classes)
+        return image_dataset(
+            name, folder, classes, (images[:boundary], labels[:boundary]), (images[boundary:], labels[boundary:])
+        )
+
+    return Source(name, folder, tuple(path for path, _ in samples), _variant(image_size), read)
+
+
+def _variant(image_size: int | None) -> str:
+    return "" if image_size is None else str(image_size)
+
+
+def _classes_file(folder: Path) -> tuple[Path, ...]:
+    path = folder / _CLASSES_FILE
+    return (path,) if path.is_file() else ()
+
+
+def _classes(name: str, folder: Path) -> tuple[str, ...] | None:
+    for path in _classes_file(folder):
+        return tuple(path.read_text(encoding="utf-8").split("\n")[:-1])
+    return _CLASSES.get(name)
+
+
+def _npz_pair(
+    images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Images to [N, C, H, W] (from [N, H, W] or [N, H, W, C]), labels to int64 [N]; ValueError for anything else."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"images {images.dtype} {images.shape} and labels {labels.dtype} "
+            "instead of uint8 [N, H, W] or [N, H, W, C] and integers"
+        )
+    flat = labels.reshape(-1).astype(np.int64)
+    if len(images) != len(flat):
+        raise ValueError(f"{len(images)} images, but {len(flat)} labels")
+    planes = images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return planes.astype(np.uint8, copy=False), flat
+
+
+def _read_parquet(paths: Sequence[Path]) -> tuple[dict[Path, list[bytes]], dict[Path, npt.NDArray[np.int64]]]:
+    """Encoded images and labels of each file."""
+    parquet = require("pyarrow.parquet", "data", "a parquet file")
+    arrow = require("pyarrow", "data", "a parquet file")
+    blobs, labels = {}, {}
+    for path in paths:
+        try:
+            # Memory mapping would turn a file that is truncated meanwhile into a crash.
+            table = parquet.read_table(path, memory_map=False)
+            column = next((c for c in _IMAGE_COLUMNS if c in table.column_names), None)
+            if column is None or "label" not in table.column_names:
+                found = ", ".join(table.column_names)
+                raise CorruptFile(
+                    f"{path}: columns label and one of {', '.join(_IMAGE_COLUMNS)} expected, found {found}"
+                )
+            blobs[path] = table.column(column).cast(arrow.binary()).to_pylist()
+            labels[path] = table.column("label").cast(arrow.int64()).to_numpy()
+        except (arrow.ArrowException, OSError) as error:
+            raise CorruptFile(f"{path}: not a readable parquet file of images and labels ({error})") from error
+    return blobs, labels
+
+
+def _decode(places: Sequence[str], encoded: Callable[[int], bytes], image_size: int | None) -> npt.NDArray[np.uint8]:
+    """Decode images to uint8 [N, C, H, W]; C is 1 if the first image is grey, else 3.
+
+    places: where each image lies, for messages. encoded: bytes of the i-th. image_size: side in pixels to which each
+    image is brought (shorter side resized, middle cut out); None: all must have the size of the first.
+    """
+    pillow = require("PIL.Image", "data", "decoding images")
+    ops = require("PIL.ImageOps", "data", "decoding images")
+
+    def pixels(i: int, mode: str | None) -> npt.NDArray[np.uint8]:
+        try:
+            with pillow.open(io.BytesIO(encoded(i))) as image:
+                picture = image.convert(mode or ("L" if image.mode == "L" else "RGB"))
+        except (OSError, SyntaxError, ValueError, TypeError, pillow.DecompressionBombError) as error:
+            raise CorruptFile(f"{places[i]}: not a readable image ({error})") from error
+        if image_size is not None:
+            picture = ops.fit(picture, (image_size, image_size), pillow.Resampling.BICUBIC)
+        array: npt.NDArray[np.uint8] = np.asarray(picture)
+        return array
+
+    first = pixels(0, None)
+    mode = "L" if first.ndim == 2 else "RGB"
+    interleaved = np.empty((len(places), *first.shape), dtype=np.uint8)
+
+    def decode_block(start: int) -> None:
+        for i in range(start, min(start + _BLOCK, len(places))):
+            array = pixels(i, mode)
+            if array.shape != first.shape:
+                sizes = (
+                    f"{array.shape[1]}x{array.shape[0]} pixels, not {first.shape[1]}x{first.shape[0]} like the first"
+                )
+                raise CorruptFile(f"{places[i]}: {sizes}; give image_size to bring all to one size")
+            interleaved[i] = array
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for _ in pool.map(decode_block, range(0, len(places), _BLOCK)):
+            pass
+    planes = interleaved[:, None] if mode == "L" else interleaved.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(planes)
