@@ -12,7 +12,7 @@ help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 # torch first and alone: its pinned version must be in place before anything asks for a range of it.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt src/conjugo/optim/_kernels.c
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt src/conjugo/optim/_kernels.c src/conjugo/optim/_kernels_body.h
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (the first time takes some minutes)"
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"

@@ -1,1 +1,16 @@
-"""Drop-in PyTorch optimizers."""
+"""Drop-in PyTorch optimizers for large batches.
+
+``NLCG`` is the stochastic preconditioned nonlinear conjugate gradient method of Adya, Palakkode & Tuzel (2018): one gradient
+per step like SGD, a momentum that is computed instead of tuned, and a diagonal model of the curvature. Use it where batches are
+so large that the number of steps is what limits training; with small, noisy batches it has no advantage over momentum.
+``LARS`` (You, Gitman & Ginsburg 2017) and ``LAMB`` (You et al. 2020) scale the step layer by layer. ``schedules`` holds
+learning-rate schedules and the rules that scale a learning rate with the batch, ``averaging`` the running average of weights.
+"""
+
+from conjugo.optim.averaging import WeightEMA
+from conjugo.optim.gradient_scales import batch_norm_scales, depth_scales
+from conjugo.optim.lamb import LAMB
+from conjugo.optim.lars import LARS
+from conjugo.optim.nlcg import NLCG
+
+__all__ = ["LAMB", "LARS", "NLCG", "WeightEMA", "batch_norm_scales", "depth_scales"]

@@ -1,4 +1,90 @@
+/* The vector work of an NLCG step on CPU tensors: few passes over memory, sums accumulated in double.
+ *
+ * Optional: without this module the optimizers take their PyTorch paths, which are the specification (see _vectors.py).
+ * Works on blocks of flat, equally laid out tensors. Sums are written per block, so that their total does not depend on how
+ * the blocks are shared out over threads.
+ */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, NULL};
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }
+#include <math.h>
+#include <stdint.h>
+
+enum { PARAM, GRAD, PREV, HESS, DIR, N_POINTERS };
+enum { SCALE, DECAY, EPS, ROOT_A, ROOT_B, SHIFT, LOW, HIGH, BETA, TAU, UNDO, KEEP, N_COEFFICIENTS };
+enum { N_SUMS = 4 };
+enum { OP_GRADIENT, OP_DIFFERENCE, OP_PRECONDITION, OP_MOVE };
+enum { F_DECAY = 1, F_DIRECTION = 2, F_CROSS = 4, F_HESSIAN = 8, F_UPDATE = 16, F_ABSOLUTE = 32, F_STORE = 64, F_UNDO = 128 };
+
+typedef struct {
+    int64_t tensor, start, length;
+} Block;
+
+typedef struct {
+    const int64_t *pointers;   /* [tensors, N_POINTERS] addresses */
+    const double *coefficients; /* [tensors, N_COEFFICIENTS] */
+    const Block *blocks;
+    double *sums; /* [blocks, N_SUMS] */
+} Job;
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+#define T float
+#define SUFFIX(name) name##_f32
+#include "_kernels_body.h"
+#undef T
+#undef SUFFIX
+
+#define T double
+#define SUFFIX(name) name##_f64
+#include "_kernels_body.h"
+
+static PyObject *run(PyObject *self, PyObject *args) {
+    (void)self;
+    int op, flags, is_double;
+    unsigned long long pointers, coefficients, blocks, sums;
+    Py_ssize_t begin, end;
+    if (!PyArg_ParseTuple(args, "iipKKKKnn", &op, &flags, &is_double, &pointers, &coefficients, &blocks, &sums, &begin, &end))
+        return NULL;
+    if (op < OP_GRADIENT || op > OP_MOVE) {
+        PyErr_SetString(PyExc_ValueError, "no such operation");
+        return NULL;
+    }
+    Job job = {(const int64_t *)(uintptr_t)pointers, (const double *)(uintptr_t)coefficients,
+               (const Block *)(uintptr_t)blocks, (double *)(uintptr_t)sums};
+    Py_BEGIN_ALLOW_THREADS
+    if (is_double)
+        run_f64(&job, op, flags, begin, end);
+    else
+        run_f32(&job, op, flags, begin, end);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"run", run, METH_VARARGS,
+     "run(op, flags, is_double, pointers, coefficients, blocks, sums, begin, end): one pass over blocks begin..end-1; "
+     "the four tables are given by address."},
+    {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernels(void) {
+    PyObject *m = PyModule_Create(&module);
+    if (m == NULL) return NULL;
+#define EXPORT(name) PyModule_AddIntConstant(m, #name, name)
+    if (EXPORT(PARAM) || EXPORT(GRAD) || EXPORT(PREV) || EXPORT(HESS) || EXPORT(DIR) || EXPORT(N_POINTERS) ||
+        EXPORT(SCALE) || EXPORT(DECAY) || EXPORT(EPS) || EXPORT(ROOT_A) || EXPORT(ROOT_B) || EXPORT(SHIFT) || EXPORT(LOW) ||
+        EXPORT(HIGH) || EXPORT(BETA) || EXPORT(TAU) || EXPORT(UNDO) || EXPORT(KEEP) || EXPORT(N_COEFFICIENTS) ||
+        EXPORT(N_SUMS) || EXPORT(OP_GRADIENT) || EXPORT(OP_DIFFERENCE) || EXPORT(OP_PRECONDITION) || EXPORT(OP_MOVE) ||
+        EXPORT(F_DECAY) || EXPORT(F_DIRECTION) || EXPORT(F_CROSS) || EXPORT(F_HESSIAN) || EXPORT(F_UPDATE) ||
+        EXPORT(F_ABSOLUTE) || EXPORT(F_STORE) || EXPORT(F_UNDO)) {
+        Py_DECREF(m);
+        return NULL;
+    }
+    return m;
+}

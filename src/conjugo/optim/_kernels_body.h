@@ -1,0 +1,148 @@
+/* The loops of _kernels.c for one element type: T, SUFFIX(name).
+ *
+ * x = SCALE * gradient + DECAY * parameter is the gradient that the method sees. `#pragma omp simd reduction` lets the compiler
+ * vectorise the sums without -ffast-math, which would be free to drop the checks for non-finite values.
+ */
+
+#define EFFECTIVE(i) ((flags & F_DECAY) ? scale * g[i] + decay * p[i] : g[i])
+
+/* |x|^2, <x, d>, <x, P prev> */
+INLINE void SUFFIX(gradient)(const T *restrict p, const T *restrict g, const T *restrict prev, const T *restrict h,
+                             const T *restrict d, int64_t n, const double *c, double *out, const int flags) {
+    double xx = 0, xd = 0, cross = 0;
+    const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS];
+#pragma omp simd reduction(+ : xx, xd, cross)
+    for (int64_t i = 0; i < n; i++) {
+        const T x = EFFECTIVE(i);
+        xx += (double)x * (double)x;
+        if (flags & F_DIRECTION) xd += (double)x * (double)d[i];
+        if (flags & F_CROSS) cross += (double)x * (double)((flags & F_HESSIAN) ? prev[i] / (h[i] + eps) : prev[i]);
+    }
+    out[0] = xx, out[1] = xd, out[2] = cross, out[3] = 0;
+}
+
+/* |x - prev|^2 */
+INLINE void SUFFIX(difference)(const T *restrict p, const T *restrict g, const T *restrict prev, int64_t n, const double *c,
+                               double *out, const int flags) {
+    double yy = 0;
+    const T scale = (T)c[SCALE], decay = (T)c[DECAY];
+#pragma omp simd reduction(+ : yy)
+    for (int64_t i = 0; i < n; i++) {
+        const T y = EFFECTIVE(i) - prev[i];
+        yy += (double)y * (double)y;
+    }
+    out[0] = yy, out[1] = out[2] = out[3] = 0;
+}
+
+/* h <- bounded(h - (ROOT_B h d)^2 + (ROOT_A y)^2 + SHIFT), prev <- x; <x, P x> */
+INLINE void SUFFIX(precondition)(const T *restrict p, const T *restrict g, T *restrict prev, T *restrict h,
+                                 const T *restrict d, int64_t n, const double *c, double *out, const int flags) {
+    double rho = 0;
+    const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], root_a = (T)c[ROOT_A], root_b = (T)c[ROOT_B];
+    const T shift = (T)c[SHIFT], low = (T)c[LOW], high = (T)c[HIGH];
+#pragma omp simd reduction(+ : rho)
+    for (int64_t i = 0; i < n; i++) {
+        const T x = EFFECTIVE(i);
+        T v = h[i];
+        if (flags & F_UPDATE) {
+            const T s = v * d[i] * root_b, y = (x - prev[i]) * root_a;
+            v = v - s * s + y * y + shift;
+            if (flags & F_ABSOLUTE) v = v < 0 ? -v : v;
+            v = v < low ? low : v;
+            v = v > high ? high : v;
+            h[i] = v;
+        }
+        prev[i] = x;
+        rho += (double)x * (double)(x / (v + eps));
+    }
+    out[0] = rho, out[1] = out[2] = out[3] = 0;
+}
+
+/* d <- -P x + BETA d, p <- KEEP p + UNDO d_old + TAU d; <x, d>, <d, H d>, |d|^2 */
+INLINE void SUFFIX(move)(T *restrict p, const T *restrict g, T *restrict prev, const T *restrict h, T *restrict d, int64_t n,
+                         const double *c, double *out, const int flags) {
+    double xd = 0, dhd = 0, dd = 0;
+    const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], beta = (T)c[BETA], tau = (T)c[TAU];
+    const T undo = (T)c[UNDO], keep = (T)c[KEEP];
+#pragma omp simd reduction(+ : xd, dhd, dd)
+    for (int64_t i = 0; i < n; i++) {
+        const T x = EFFECTIVE(i), old = d[i];
+        const T direction = old * beta - ((flags & F_HESSIAN) ? x / (h[i] + eps) : x);
+        const T kept = (flags & F_UNDO) ? p[i] * keep + old * undo : p[i] * keep;
+        const double w = direction;
+        p[i] = kept + direction * tau;
+        d[i] = direction;
+        if (flags & F_STORE) prev[i] = x;
+        xd += (double)x * w;
+        dd += w * w;
+        if (flags & F_HESSIAN) dhd += (double)h[i] * w * w;
+    }
+    out[0] = xd, out[1] = dhd, out[2] = dd, out[3] = 0;
+}
+
+#undef EFFECTIVE
+
+/* The flags of the hot cases are constants where the loops are inlined, so that no test stays inside them. */
+CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t begin, Py_ssize_t end) {
+    for (Py_ssize_t b = begin; b < end; b++) {
+        const Block *block = job->blocks + b;
+        const int64_t *at = job->pointers + block->tensor * N_POINTERS;
+        const double *c = job->coefficients + block->tensor * N_COEFFICIENTS;
+        const int64_t n = block->length;
+        double *out = job->sums + b * N_SUMS;
+#define AT(which) (at[which] ? (T *)(uintptr_t)at[which] + block->start : (T *)0)
+        T *p = AT(PARAM), *g = AT(GRAD), *prev = AT(PREV), *h = AT(HESS), *d = AT(DIR);
+#undef AT
+        const int on = flags | ((c[SCALE] != 1 || c[DECAY] != 0) ? F_DECAY : 0);
+#define CASE(which, call)                                                                                                \
+    case (which): {                                                                                                      \
+        const int f = (which);                                                                                           \
+        call;                                                                                                            \
+        break;                                                                                                           \
+    }
+#define OTHER(call)                                                                                                      \
+    default: {                                                                                                           \
+        const int f = on;                                                                                                \
+        call;                                                                                                            \
+    }
+        switch (op) {
+        case OP_GRADIENT:
+#define CALL SUFFIX(gradient)(p, g, prev, h, d, n, c, out, f)
+            switch (on) {
+                CASE(0, CALL)
+                CASE(F_DECAY, CALL)
+                CASE(F_DIRECTION, CALL)
+                CASE(F_DIRECTION | F_DECAY, CALL)
+                OTHER(CALL)
+            }
+#undef CALL
+            break;
+        case OP_DIFFERENCE:
+            SUFFIX(difference)(p, g, prev, n, c, out, on);
+            break;
+        case OP_PRECONDITION:
+#define CALL SUFFIX(precondition)(p, g, prev, h, d, n, c, out, f)
+            switch (on) {
+                CASE(0, CALL)
+                CASE(F_DECAY, CALL)
+                CASE(F_UPDATE, CALL)
+                CASE(F_UPDATE | F_DECAY, CALL)
+                OTHER(CALL)
+            }
+#undef CALL
+            break;
+        default:
+#define CALL SUFFIX(move)(p, g, prev, h, d, n, c, out, f)
+            switch (on) {
+                CASE(0, CALL)
+                CASE(F_DECAY, CALL)
+                CASE(F_HESSIAN, CALL)
+                CASE(F_HESSIAN | F_DECAY, CALL)
+                OTHER(CALL)
+            }
+#undef CALL
+        }
+#undef CASE
+#undef OTHER
+    }
+}

@@ -1,0 +1,107 @@
+"""The conjugate-gradient coefficients beta, as free functions of the inner products of one step.
+
+With g the new gradient, g' the previous one, d' the previous direction, P the preconditioner and y = g - g', all formulas are
+ratios of the numbers in :class:`Products`. With an exact line search on a quadratic they are all equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conjugo._tensors import Array, namespace
+
+__all__ = [
+    "RULES",
+    "Products",
+    "dai_kou",
+    "dai_yuan",
+    "fletcher_reeves",
+    "fletcher_reeves_polak_ribiere",
+    "hager_zhang",
+    "hestenes_stiefel",
+    "hybrid_dai_yuan",
+    "polak_ribiere",
+    "ratio",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """Inner products of one step, each a tensor of the same shape (0-d, or one value per independent scope)."""
+
+    rho: Tensor  # <g, P g>
+    rho_prev: Tensor  # <g', P g'>
+    cross: Tensor  # <g, P g'>
+    yPy: Tensor  # <y, P y>
+    dy: Tensor  # <d', y>
+    gd: Tensor  # <g, d'>
+    dd: Tensor  # <d', d'>
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator; 0 where that is not finite or the denominator is 0 (the first step, convergence)."""
+    xp = namespace(denominator)
+    possible = denominator != 0
+    value = numerator / xp.where(possible, denominator, 1.0)
+    return xp.where(possible & xp.isfinite(value), value, 0.0)
+
+
+def fletcher_reeves(t: Products) -> Array:
+    """<g, P g> / <g', P g'> (Fletcher & Reeves 1964)."""
+    return ratio(t.rho, t.rho_prev)
+
+
+def polak_ribiere(t: Products) -> Array:
+    """<y, P g> / <g', P g'> (Polak & Ribiere 1969); may be negative: PR+ clips it at 0."""
+    return ratio(t.rho - t.cross, t.rho_prev)
+
+
+def hestenes_stiefel(t: Products) -> Array:
+    """<y, P g> / <d', y> (Hestenes & Stiefel 1952); HS+ clips it at 0."""
+    return ratio(t.rho - t.cross, t.dy)
+
+
+def dai_yuan(t: Products) -> Array:
+    """<g, P g> / <d', y> (Dai & Yuan 1999)."""
+    return ratio(t.rho, t.dy)
+
+
+def hybrid_dai_yuan(t: Products) -> Array:
+    """max(0, min(HS, DY)) (Dai & Yuan 2001)."""
+    return torch.minimum(hestenes_stiefel(t), dai_yuan(t)).clamp(min=0)
+
+
+def fletcher_reeves_polak_ribiere(t: Products) -> Array:
+    """PR clipped to [-FR, FR] (Gilbert & Nocedal 1992)."""
+    bound = fletcher_reeves(t)
+    return torch.maximum(torch.minimum(polak_ribiere(t), bound), -bound)
+
+
+def hager_zhang(t: Products) -> Array:
+    """HS - 2 <y, P y> <g, d'> / <d', y>^2, not below -1/(|d'| min(0.01, |g'|)) (Hager & Zhang 2005)."""
+    value = ratio(t.rho - t.cross, t.dy) - 2 * ratio(t.yPy, t.dy) * ratio(t.gd, t.dy)
+    floor = -ratio(torch.ones_like(t.dd), t.dd.sqrt() * t.rho_prev.sqrt().clamp(max=0.01))
+    return torch.maximum(value, floor)
+
+
+def dai_kou(t: Products) -> Array:
+    """max(HS - <y, P y> <g, d'> / <d', y>^2, <g, d'> / (2 |d'|^2)) (Dai & Kou 2013)."""
+    value = ratio(t.rho - t.cross, t.dy) - ratio(t.yPy, t.dy) * ratio(t.gd, t.dy)
+    return torch.maximum(value, 0.5 * ratio(t.gd, t.dd))
+
+
+RULES: dict[str, Callable[[Products], Array]] = {
+    "fr": fletcher_reeves,
+    "pr": polak_ribiere,
+    "hs": hestenes_stiefel,
+    "dy": dai_yuan,
+    "hs-dy": hybrid_dai_yuan,
+    "fr-pr": fletcher_reeves_polak_ribiere,
+    "hz": hager_zhang,
+    "dai-kou": dai_kou,
+}
+"""The formulas by name. :class:`conjugo.optim.NLCG` offers ``fr`` and ``pr``, the paper's two."""

@@ -1,0 +1,565 @@
+"""NLCG: the stochastic preconditioned nonlinear conjugate gradient method of Adya, Palakkode & Tuzel (2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from conjugo._tensors import Array, dot, mean_over_group, namespace, wide_dtype
+from conjugo.errors import check, unknown
+from conjugo.optim._base import Group, Optimizer, as_real, check_lr, evaluate, state_dtype, zeros_for
+from conjugo.optim._fused import FusedPasses, suits
+from conjugo.optim._passes import Move, Scale, TensorPasses
+from conjugo.optim.betas import ratio
+from conjugo.optim.line_search import LineSearch, Verdict
+from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
+
+__all__ = ["NLCG", "lars_scale"]
+
+EPS = 1e-8
+"""The authors' epsilon: in mode "reference" it is added in denominators and is the shortest step that is taken back."""
+
+
+class Scalars(NamedTuple):
+    """The scalar state, one value per parameter: the columns of the table behind ``state[p]["scalars"]``.
+
+    Inner products are the parameter's own part; what the method uses is their sum over the scope.
+    """
+
+    step: Array  # steps taken
+    rho: Array  # <g', P g'>
+    base: Array  # factor of the line search on the learning rate
+    ema: Array  # running average of the loss
+    ema_prev: Array  # that average at the last comparison (line search "step")
+    tau: Array  # length of the last step: its lr times base
+    pure: Array  # 1 if the last step was tau d', 0 if the line search took a part of an earlier one back
+    gg: Array  # <g', g'>
+    gd: Array  # <g', d'>
+    dhd: Array  # <d', H d'>
+    dd: Array  # <d', d'>
+    skipped: Array  # steps skipped because something was not finite
+
+
+class NLCG(Optimizer):
+    r"""Stochastic preconditioned nonlinear conjugate gradients, for large mini-batches.
+
+    One gradient per step. With :math:`g` the gradient, :math:`P` the preconditioner, :math:`d` the direction and
+    :math:`\tau` the learning rate times the factor of the line search:
+
+    .. math::
+        \beta = \operatorname{clip}\Big(\frac{\langle g, P g\rangle \, [\, - \langle g, P' g' \rangle \,]}
+        {\langle g', P' g'\rangle},\ 0,\ \beta_{max}\Big), \qquad
+        d \leftarrow -P g + \beta d, \qquad w \leftarrow w + \tau d
+
+    where a prime marks the previous step, inner products run over *all* parameters, and the term in brackets belongs to
+    the Polak-Ribiere rule. :math:`P = 1/h` is a diagonal BFGS model of the Hessian, updated from the last step
+    :math:`s = \tau' d'` and the change :math:`y = g - g'` of the gradient:
+
+    .. math:: h \leftarrow h - \frac{h^2 s^2}{\langle s, h s \rangle} + \frac{y^2}{\langle y, s \rangle}
+
+    Args:
+        params: parameters or parameter groups, real or complex floating point, all on one device. Groups may have
+            their own *lr*, *weight_decay*, *decoupled*, *lars*, *grad_scale*, *beta_max* and *maximize*.
+        lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. A good one for SGD with momentum is a good start.
+        rule: ``"fr"`` (Fletcher-Reeves: a momentum that adapts) or ``"pr"`` (Polak-Ribiere: without an exact line
+            search :math:`\beta` is 0 in most steps, so it is close to gradient descent).
+        precond: ``"bfgs"``, ``"none"``, or a :class:`~conjugo.optim.preconditioners.Preconditioner`.
+        line_search: ``"none"``; ``"online"`` or ``"step"``: when the loss grows against its running average (in every
+            step; every *period* steps), the learning rate is reduced and a part of the last move is taken back. Needs the
+            loss of each step: ``step(closure)`` or ``step(loss=loss)``.
+        period: steps between two looks of the line search ``"step"``, at least 1.
+        threshold: scales the growth of the loss (1 % to 15 %) at which the line search reacts, above 0.
+        removal: what the line search takes back: ``"previous"``, a part of the last move (the evident intention), or
+            ``"current"``, a part of the new one (the order of the authors' code). Default: by *mode*.
+        weight_decay: :math:`\geq 0`. Coupled: added to the gradient. With *decoupled*: :math:`w \leftarrow (1 - lr\,
+            \lambda) w` in each step.
+        decoupled: decay the weights, not the loss (Loshchilov & Hutter 2019).
+        lars: trust coefficient (0.001 is common) of a layer-wise scaling of the gradient before everything else, or None;
+            see :func:`lars_scale`.
+        grad_scale: a fixed factor on the gradient, or one factor for each parameter of the group;
+            :func:`~conjugo.optim.gradient_scales.batch_norm_scales` and
+            :func:`~conjugo.optim.gradient_scales.depth_scales` make the authors' two.
+        mode: ``"exact"``; ``"reference"`` follows the authors' program with its quirks (an absolute 1e-8 in numerators
+            and denominators, curvature pairs with today's learning rate), for comparison.
+        scope: over what inner products run: ``"global"`` (the method), ``"group"`` or ``"tensor"``.
+        beta_max: upper limit of :math:`\beta`, in [0, 1].
+        h0: first value of :math:`h`, above 0. Multiply it with whatever the loss is multiplied with.
+        h_bounds: interval of :math:`h` in multiples of *h0*.
+        restart_on_ascent: restart with :math:`d = -P g` where the new direction would lead uphill.
+        allow_missing: whether a parameter may be without gradient in one step and have one in the next; it then counts as
+            zero. Parameters that never have a gradient are left alone in any case.
+        process_group: the ranks over which the loss of the line search is averaged; None: this process only.
+        foreach: update lists of tensors at once; by default on accelerators.
+        fused: use the compiled CPU kernels; by default where they fit (dense float32 or float64 parameters on a CPU).
+        maximize: ascend instead of descend.
+
+    State, for every parameter from the start: ``direction``; ``grad_prev`` with ``"bfgs"`` or ``"pr"``; ``h`` with
+    ``"bfgs"`` (float32, or float64 for float64 parameters); ``scalars``, float64.
+
+    Gradient clipping to a fixed norm makes the Fletcher-Reeves :math:`\beta` 1 in every step: set *beta_max* then.
+
+    Raises:
+        ValueError: an argument is out of its range, or the line search gets no loss.
+        TypeError: a parameter is of an integer type.
+        RuntimeError: a gradient is sparse; parameters lie on several devices; the set of parameters with a gradient changed
+            and *allow_missing* is not set.
+
+    Source: S. Adya, V. Palakkode, O. Tuzel, "Nonlinear Conjugate Gradients For Scaling Synchronous Distributed DNN
+    Training", arXiv:1812.02886.
+
+    >>> w = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+    >>> optimizer = NLCG([w], lr=0.5)
+    >>> for _ in range(10):
+    ...     loss = (w * torch.tensor([1.0, 3.0]) * w).sum() / 2
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> bool(loss < 1e-3)
+    True
+    """
+
+    _pickled: ClassVar[tuple[str, ...]] = (
+        "rule",
+        "precond",
+        "line_search",
+        "removal",
+        "mode",
+        "scope",
+        "restart_on_ascent",
+        "allow_missing",
+        "process_group",
+        "foreach",
+        "fused",
+    )
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.1,
+        *,
+        rule: Literal["fr", "pr"] = "fr",
+        precond: Literal["bfgs", "none"] | Preconditioner = "bfgs",
+        line_search: Literal["none", "online", "step"] = "none",
+        period: int = 5,
+        threshold: float = 1.0,
+        removal: Literal["previous", "current"] | None = None,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        lars: float | None = None,
+        grad_scale: float | Sequence[float] = 1.0,
+        mode: Literal["exact", "reference"] = "exact",
+        scope: Literal["global", "group", "tensor"] = "global",
+        beta_max: float = 1.0,
+        h0: float = 1.0,
+        h_bounds: tuple[float, float] = (1e-6, 1e6),
+        restart_on_ascent: bool = False,
+        allow_missing: bool = False,
+        process_group: Any = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        _check_name("rule", rule, ("fr", "pr"))
+        _check_name("line_search", line_search, ("none", "online", "step"))
+        _check_name("removal", removal, ("previous", "current", None))
+        _check_name("mode", mode, ("exact", "reference"))
+        _check_name("scope", scope, ("global", "group", "tensor"))
+        check(not (foreach and fused), "NLCG", "foreach", foreach, "False or None together with fused=True")
+        self.rule = rule
+        self.mode = mode
+        self.scope = scope
+        self.precond = _preconditioner(precond, h0, h_bounds, reference=mode == "reference")
+        search = LineSearch(kind=line_search, period=period, threshold=threshold)
+        self.line_search = None if line_search == "none" else search
+        self.removal = removal or ("previous" if mode == "exact" else "current")
+        self.restart_on_ascent = restart_on_ascent
+        self.allow_missing = allow_missing
+        self.process_group = process_group
+        self.foreach = foreach
+        self.fused = fused
+        self._last: dict[str, Array] = {}
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "lars": lars,
+            "grad_scale": grad_scale,
+            "beta_max": beta_max,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    # Hooks of the base class -----------------------------------------------------------------------------------------
+
+    def _check_group(self, group: Group) -> None:
+        check_lr("NLCG", group["lr"])
+        decay, lars, beta_max, scale = (group[name] for name in ("weight_decay", "lars", "beta_max", "grad_scale"))
+        check(0 <= decay < math.inf, "NLCG", "weight_decay", decay, "in [0, inf)")
+        check(lars is None or 0 < lars < math.inf, "NLCG", "lars", lars, "None or in (0, inf)")
+        check(0 <= beta_max <= 1, "NLCG", "beta_max", beta_max, "in [0, 1]")
+        if isinstance(scale, int | float):
+            check(math.isfinite(scale), "NLCG", "grad_scale", scale, "finite")
+        else:
+            accepted = f"a number, or {len(group['params'])} numbers, one for each parameter of the group"
+            good = len(scale) == len(group["params"]) and all(math.isfinite(s) for s in scale)
+            check(good, "NLCG", "grad_scale", scale, accepted)
+
+    def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
+        state = {"direction": zeros_for(p)}
+        if self.precond.learns_from_steps or self.rule == "pr":
+            state["grad_prev"] = zeros_for(p)
+        scalars = torch.zeros(len(Scalars._fields), dtype=wide_dtype(p.device), device=p.device)
+        scalars[Scalars._fields.index("base")] = 1.0
+        scalars[Scalars._fields.index("pure")] = 1.0
+        return state | self.precond.init_state(p) | {"scalars": scalars}
+
+    def _state_replaced(self) -> None:
+        """Make the scalars of all parameters rows of one table, and forget what refers to the old tensors."""
+        self._last = {}
+        self._active: list[Tensor] = []
+        params = [p for group in self.param_groups for p in group["params"]]
+        devices = {p.device for p in params}
+        if len(devices) > 1:
+            return  # said in the first step: a model may be on its way to another device
+        self._table = torch.stack([self.state[p]["scalars"] for p in params])
+        for p, row in zip(params, self._table.unbind(0), strict=True):
+            self.state[p]["scalars"] = row
+
+    # What the caller may look at ---------------------------------------------------------------------------------------
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Steps left out because a gradient or the loss was not finite: 0-d int64, on the device of the parameters."""
+        first = next(p for group in self.param_groups for p in group["params"])
+        count: Tensor = Scalars(*self.state[first]["scalars"]).skipped
+        return count.to(torch.int64)
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """Numbers of the last step, for logging; tensors on the device, so reading one waits for the step.
+
+        ``beta``; ``base_lr`` (the line search's factor); ``rho`` = <g, P g>; ``ys`` = <y, s>; ``shs`` = <s, H s>;
+        ``cosine`` of the angle between the direction and -g; ``skipped`` (bool). 0-d with scope ``"global"``, else one
+        value for each parameter. Empty before the first step.
+        """
+        values = {name: torch.as_tensor(value) for name, value in self._last.items()}
+        if self.scope == "global":
+            return {name: value if value.ndim == 0 else value[0] for name, value in values.items()}
+        return values
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
+    ) -> Any:
+        """Update all parameters that have a gradient.
+
+        closure: computes the gradients and returns the loss (mean over the batch). loss: the loss, if the gradients are
+        there already. The line search needs one of the two. Returns the value of *closure*, or None.
+
+        If a gradient or the loss holds NaN or infinity, or a gradient is so large that its squared norm is not finite,
+        nothing changes but the count in :attr:`skipped_steps`.
+        """
+        if self.line_search is not None and closure is None and loss is None:
+            raise ValueError(
+                f"NLCG: line_search={self.line_search.kind!r} needs the loss of each step: call step(closure) with a "
+                "closure that returns it, or step(loss=loss)"
+            )
+        value = evaluate(closure)
+        if self._prepare():
+            self._step(value if loss is None else loss)
+        return value
+
+    def _step(self, loss: Tensor | float | None) -> None:
+        passes, table = self._passes, self._scalar_table()
+        xp = namespace(table)
+        old = Scalars(*(table if self._rows is None else table[self._rows]).T)
+        first = old.step == 0
+        lr = self._per_parameter("lr")
+
+        learns = self.precond.learns_from_steps
+        sums = passes.gradient(
+            self._scales(),
+            direction=learns or self.restart_on_ascent,
+            cross=self.rule == "pr",
+            fresh=old.step <= 1,
+        )
+        xx, xd, cross = sums.T
+        value = self._mean_loss(loss)
+        finite = xp.isfinite(xx.sum() + value)
+        if passes.on_host and not finite:
+            self._finish(table, old, finite)
+            self._last = self._last | {"skipped": ~finite}
+            return
+
+        secant = self._secant(old, lr, xx, xd, finite)
+        rho = passes.precondition(secant, fresh=first)
+        beta = self._beta(old, rho, xd, cross)
+        base, remove, ema, ema_prev = self._search(old, value)
+        length = lr * base
+        tau, undo = self._lengths(length, lr * old.base if self.mode == "reference" else old.tau, remove)
+        move = Move(beta, tau, undo, self._keep(lr))
+        gd, dhd, dd = passes.move(move if passes.on_host else _nothing_unless(finite, move)).T
+        pure = xp.where(remove == 0, 1.0, 0.0)
+        new = Scalars(old.step + 1, rho, base, ema, ema_prev, length, pure, xx, gd, dhd, dd, old.skipped)
+        self._finish(table, new, finite)
+        self._last = {
+            "beta": beta,
+            "base_lr": base,
+            "rho": self._pool(rho),
+            "ys": secant.ys,
+            "shs": secant.shs,
+            "cosine": ratio(-self._pool(gd), xp.sqrt(self._pool(xx) * self._pool(dd))),
+            "skipped": ~finite,
+        }
+
+    def _secant(self, old: Scalars, lr: Array, xx: Array, xd: Array, finite: Array) -> Secant:
+        """What the last step taught; <y, s> = tau (<g, d'> - <g', d'>) takes no pass over memory."""
+        reference = self.mode == "reference"
+        tau = lr * old.base if reference else old.tau
+        seen = old.step > 0
+        usable = seen if reference else seen & (old.pure == 1)
+        if not self.precond.learns_from_steps:
+            zero = 0 * xx
+            return Secant(tau, zero, zero, zero, zero, usable, finite)
+        ys, shs = self._pool(tau * (xd - old.gd)), self._pool(tau * tau * old.dhd)
+        ss = self._pool(tau * tau * old.dd)
+        return Secant(tau, ys, shs, self._change(old, xx, ys, ss), ss, usable, finite)
+
+    def _change(self, old: Scalars, xx: Array, ys: Array, ss: Array) -> Array:
+        """<y, y> over the scope, or a bound on it that serves as well: <y, y> costs another pass over memory."""
+        xp = namespace(xx)
+        if self._passes.on_host:
+            bound = (xp.sqrt(self._pool(xx)) + xp.sqrt(self._pool(old.gg))) ** 2  # |y| <= |g| + |g'|
+            if bool(((ys <= 0) | (ys > DiagonalBFGS.CURVATURE * xp.sqrt(bound * ss))).all()):
+                return bound
+        return self._pool(xp.where(old.step > 0, self._passes.difference(), 0.0))
+
+    def _beta(self, old: Scalars, rho: Array, xd: Array, cross: Array) -> Array:
+        xp = namespace(rho)
+        seen = old.step > 0
+        numerator = self._pool(xp.where(seen, rho, 0.0))  # over the parameters that have a previous gradient
+        if self.rule == "pr":
+            numerator = numerator - self._pool(cross)
+        denominator = self._pool(old.rho)
+        beta = numerator / (denominator + EPS) if self.mode == "reference" else ratio(numerator, denominator)
+        beta = xp.minimum(beta.clip(min=0.0), self._per_parameter("beta_max"))
+        if self.restart_on_ascent:
+            uphill = beta * self._pool(xd) > self._pool(rho)  # <g, d> = -<g, P g> + beta <g, d'> > 0
+            beta = xp.where(uphill, 0.0, beta)
+        return xp.where(seen, beta, 0.0)
+
+    def _search(self, old: Scalars, loss: Array) -> Verdict:
+        if self.line_search is None:
+            return Verdict(old.base, 0 * old.base, old.ema, old.ema_prev)
+        return self.line_search(old.step, loss, old.base, old.ema, old.ema_prev)
+
+    def _lengths(self, length: Array, previous: Array, remove: Array) -> tuple[Array, Array | None]:
+        """Multiples of the new and of the previous direction in the move; *remove*: the part to be taken back."""
+        if self.line_search is None:
+            return length, None
+        remove = namespace(length).where(length > EPS, remove, 0.0)
+        if self.removal == "current":
+            return (1 - remove) * length - remove * previous, None
+        return (1 - remove) * length, -remove * previous
+
+    def _finish(self, table: Array, new: Scalars, finite: Array) -> None:
+        """Write the scalars of a finite step; count one that is not."""
+        xp = namespace(table)
+        rows = slice(None) if self._rows is None else self._rows
+        old = Scalars(*table[rows].T)
+        counted = old._replace(skipped=old.skipped + 1)
+        table[rows] = xp.where(finite, xp.stack(new, 1), xp.stack(counted, 1))
+
+    # Scalars per parameter ---------------------------------------------------------------------------------------------
+
+    def _pool(self, parts: Array) -> Array:
+        """Sums over the scope, of one part [n] for each parameter, at each parameter [n]."""
+        if self.scope == "tensor":
+            return parts
+        xp = namespace(parts)
+        spans = [slice(None)] if self.scope == "global" else self._spans
+        sums = [xp.full_like(parts[span], 1.0) * parts[span].sum() for span in spans]
+        return sums[0] if len(sums) == 1 else xp.concatenate(sums)
+
+    def _per_parameter(self, name: str) -> Array:
+        """The option *name* (a number or a 0-d tensor) of each parameter's group, float64 [n]."""
+        values = [group[name] for group in self._active_groups]
+        sizes = [span.stop - span.start for span in self._spans]
+        if self._passes.on_host:
+            return np.repeat([float(value) for value in values], sizes)
+        like = self._table
+        parts = [
+            value.to(like, non_blocking=True).expand(n)
+            if isinstance(value, Tensor)
+            else torch.full((n,), value, dtype=like.dtype, device=like.device)
+            for value, n in zip(values, sizes, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _keep(self, lr: Array) -> Array | None:
+        """1 - lr weight_decay where the decay is decoupled; None if nowhere."""
+        decays = [g["weight_decay"] if g["decoupled"] else 0.0 for g in self._active_groups]
+        if not any(decays):
+            return None
+        keep = namespace(lr).ones_like(lr)
+        for span, decay in zip(self._spans, decays, strict=True):
+            keep[span] -= lr[span] * decay
+        return keep
+
+    def _scales(self) -> list[Scale]:
+        """For each parameter the factors of the gradient and of the parameter in what the method sees."""
+        scales: list[Scale] = []
+        for group, span, indices in zip(self._active_groups, self._spans, self._indices, strict=True):
+            factor, sign = group["grad_scale"], -1.0 if group["maximize"] else 1.0
+            decay = 0.0 if group["decoupled"] else group["weight_decay"]
+            for p, i in zip(self._active[span], indices, strict=True):
+                c = float(factor) if isinstance(factor, int | float) else float(factor[i])
+                lars = group["lars"]
+                scale = c if lars is None else c * self._lars_scale(p, sign, decay, lars)
+                scales.append((sign * scale, decay * scale))
+        return scales
+
+    def _lars_scale(self, p: Tensor, sign: float, decay: float, coefficient: float) -> Tensor:
+        assert p.grad is not None
+        w = as_real(p).to(state_dtype(p))
+        g = as_real(p.grad).to(w.dtype) * sign + decay * w
+        scale = lars_scale(dot(w, w).sqrt(), dot(g, g).sqrt(), coefficient)
+        if self.mode == "reference":
+            return scale
+        fixed = torch.full_like(scale, coefficient)
+        return fixed if p.ndim < 2 else torch.where(dot(w, w) > 0, scale, fixed)
+
+    def _mean_loss(self, loss: Tensor | float | None) -> Array:
+        """The loss beside the scalars, without dimension; 0 if there is none."""
+        if loss is None or (self.line_search is None and not isinstance(loss, Tensor | float | int)):
+            return 0.0 if self._passes.on_host else torch.zeros_like(self._table[0, 0])
+        like = self._table
+        if isinstance(loss, Tensor):
+            check(loss.numel() == 1, "NLCG", "loss", tuple(loss.shape), "a number or a tensor with one element")
+            value = loss.detach().to(like, non_blocking=True).reshape(())
+        else:
+            value = torch.full((), float(loss), dtype=like.dtype, device=like.device)
+        value = mean_over_group(value, self.process_group)
+        return value.item() if self._passes.on_host else value
+
+    def _scalar_table(self) -> Array:
+        """The scalars of all parameters [parameters, columns], as numpy's on the host; writing to it writes the state."""
+        return self._table.numpy() if self._passes.on_host else self._table
+
+    # Which parameters take part ----------------------------------------------------------------------------------------
+
+    def _prepare(self) -> bool:
+        """Find the parameters that take part in this step; whether there are any."""
+        if self.allow_missing:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is None and p.requires_grad:
+                        p.grad = torch.zeros_like(p)
+        work = self._with_gradient()
+        active = [p for _, params in work for p in params]
+        if len(active) == len(self._active) and all(a is b for a, b in zip(active, self._active)):
+            return bool(active)
+        if not active:
+            return False
+        if self._active:
+            raise RuntimeError(
+                f"NLCG: {len(active)} parameters have a gradient, in the last step {len(self._active)} (others) had: beta "
+                "compares gradients of the same parameters; pass allow_missing=True to count a missing gradient as zero"
+            )
+        self._plan(work, active)
+        return True
+
+    def _plan(self, work: list[tuple[Group, list[Tensor]]], active: list[Tensor]) -> None:
+        """Lay out blocks and passes for the parameters *active*."""
+        everything = [p for group in self.param_groups for p in group["params"]]
+        devices = sorted({str(p.device) for p in everything})
+        if len(devices) > 1:
+            raise RuntimeError(f"NLCG: all parameters must be on one device, got {', '.join(devices)}")
+        self._follow(active[0].device)
+        order = {p: i for i, p in enumerate(everything)}
+        device = self._table.device
+        rows = torch.tensor([order[p] for p in active], device=device)
+        self._rows = None if len(active) == len(everything) else rows
+        self._active_groups = [group for group, _ in work]
+        self._indices = []
+        self._spans: list[slice] = []
+        blocks: list[Block] = []
+        for group, params in work:
+            start = self._spans[-1].stop if self._spans else 0
+            self._spans.append(slice(start, start + len(params)))
+            position = {p: i for i, p in enumerate(group["params"])}
+            self._indices.append([position[p] for p in params])
+            blocks += self._blocks(group, params)
+        self._active = active
+        self._passes = self._choose_passes(blocks)
+
+    def _blocks(self, group: Group, params: list[Tensor]) -> Iterable[Block]:
+        """Runs of neighbouring *params* with one type; single tensors if each has its own scalars."""
+        foreach = self.foreach if self.foreach is not None else params[0].device.type != "cpu"
+        run: list[Tensor] = []
+        for p in params:
+            if run and (self.scope == "tensor" or p.dtype != run[-1].dtype):
+                yield Block(group, run, [self.state[q] for q in run], foreach)
+                run = []
+            run.append(p)
+        yield Block(group, run, [self.state[q] for q in run], foreach)
+
+    def _choose_passes(self, blocks: list[Block]) -> TensorPasses | FusedPasses:
+        fits = suits(blocks, self.precond)
+        if self.fused and not fits:
+            raise RuntimeError(
+                "NLCG: fused=True needs dense float32 or float64 parameters of one type on a CPU, a built-in "
+                "preconditioner, and the compiled kernels (see `conjugo doctor`)"
+            )
+        if fits and self.fused is not False and not self.foreach:
+            return FusedPasses(blocks, self.precond)
+        return TensorPasses(blocks, self.precond)
+
+    def _follow(self, device: torch.device) -> None:
+        """Move the state to where the parameters went since construction."""
+        if self._table.device == device:
+            return
+        for p, state in self.state.items():
+            self.state[p] = {name: tensor.to(p.device) for name, tensor in state.items()}
+        self._state_replaced()
+
+
+def lars_scale(weight_norm: Tensor, grad_norm: Tensor, coefficient: float) -> Tensor:
+    """coefficient |w| / (|g| + 1e-8 + 0.1 coefficient |w|), the layer-wise scale of the authors' code; 0-d or any shape.
+
+    :class:`NLCG` takes *coefficient* itself for vectors and for weights that are all zero, which would never move
+    otherwise (``mode="reference"`` leaves them).
+
+    >>> round(lars_scale(torch.tensor(2.0), torch.tensor(0.5), 0.001).item(), 9)
+    0.003998401
+    """
+    return coefficient * weight_norm / (grad_norm + EPS + 0.1 * coefficient * weight_norm)
+
+
+def _nothing_unless(finite: Tensor, move: Move) -> Move:
+    """*move* where *finite*; else, with a gradient of zeros, one that leaves directions and parameters as they are."""
+    neutral = Move(1.0, 0.0, 0.0, 1.0)
+    return Move(*(None if c is None else torch.where(finite, c, other) for c, other in zip(move, neutral, strict=True)))
+
+
+def _check_name(argument: str, value: object, known: Sequence[str | None]) -> None:
+    if value not in known:
+        unknown(f"NLCG {argument}", value, [name for name in known if name is not None])
+
+
+def _preconditioner(
+    precond: str | Preconditioner, h0: float, bounds: tuple[float, float], *, reference: bool
+) -> Preconditioner:
+    built_in = DiagonalBFGS(h0=h0, bounds=bounds, reference=reference)
+    if isinstance(precond, Preconditioner):
+        return precond
+    _check_name("precond", precond, ("bfgs", "none"))
+    return built_in if precond == "bfgs" else Identity()
