@@ -1,0 +1,97 @@
+"""Global batches: the sequence of examples that training sees, the same for any number of workers."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conjugo.errors import check
+
+__all__ = ["GlobalBatchSampler"]
+
+
+class GlobalBatchSampler:
+    """Batches of indices into *n* examples, epoch after epoch without end.
+
+    Each epoch is a new permutation that depends on nothing but (n, seed, epoch), so that the batches depend on nothing
+    but (n, global_batch, seed): not on how many workers share a batch, nor on torch's global generator. A worker takes
+    its part of each batch itself.
+
+    Args:
+        n: number of examples, at least 1.
+        global_batch: examples per batch, over all workers and micro-batches, in [1, n].
+        seed: at least 0.
+        shuffle: False: every epoch is 0, 1, ..., n-1.
+        drop_last: leave out the rest of an epoch that does not fill a batch; otherwise it is a smaller batch.
+
+    Iterating gives int64 tensors [global_batch] on the CPU. The sampler is its own iterator: a second ``iter`` goes on
+    where the first one stopped, and ``state_dict`` is that place.
+
+    Raises:
+        ValueError: an argument is out of its range, or a loaded state belongs to other data.
+
+    >>> sampler = GlobalBatchSampler(5, 2, shuffle=False)
+    >>> [next(sampler).tolist() for _ in range(3)]
+    [[0, 1], [2, 3], [0, 1]]
+    """
+
+    def __init__(
+        self, n: int, global_batch: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = True
+    ) -> None:
+        owner = "GlobalBatchSampler"
+        check(n >= 1, owner, "n", n, ">= 1")
+        check(1 <= global_batch <= n, owner, "global_batch", global_batch, f"in [1, {n}] (n, the number of examples)")
+        check(seed >= 0, owner, "seed", seed, ">= 0")
+        self.n = n
+        self.global_batch = global_batch
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.consumed = 0  # examples of this epoch that were handed out
+        self._order = self._permutation()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Tensor:
+        left = self.n - self.consumed
+        if left < (self.global_batch if self.drop_last else 1):
+            self.epoch += 1
+            self.consumed = 0
+            self._order = self._permutation()
+        batch = self._order[self.consumed : self.consumed + self.global_batch]
+        self.consumed += len(batch)
+        return batch
+
+    def _permutation(self) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.n)
+        # Seeds that are close together, and (seed, epoch) pairs with equal sums, must not give related sequences.
+        mixed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+        return torch.randperm(self.n, generator=torch.Generator().manual_seed(mixed))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the sequence, and what the sequence depends on besides the batch: plain numbers."""
+        return {
+            "n": self.n,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved place; the batch size may have changed since.
+
+        Raises ValueError, before anything changes, when the place is in the sequence of another n, seed or shuffle.
+        """
+        for name in ("n", "seed", "shuffle"):
+            own = getattr(self, name)
+            check(state_dict[name] == own, "GlobalBatchSampler", f"saved {name}", state_dict[name], f"{own!r} as here")
+        self.epoch = state_dict["epoch"]
+        self.consumed = state_dict["consumed"]
+        self._order = self._permutation()

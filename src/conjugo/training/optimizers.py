@@ -1,0 +1,174 @@
+"""The catalogue of optimizers: what a name stands for, its usual learning rate, and what is worth tuning."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer, RMSprop
+
+from conjugo.errors import unknown
+from conjugo.optim import LAMB, LARS, NLCG
+
+__all__ = ["Entry", "Tunable", "build", "entry", "names"]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A hyperparameter and the interval worth searching, on a logarithmic scale if *log*."""
+
+    name: str
+    low: float
+    high: float
+    log: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An optimizer as users name it.
+
+    factory: makes it from parameters and keyword arguments. lr: a learning rate to begin with; lr_range: the interval
+    to tune it in, logarithmically. second: the hyperparameter that matters most besides the learning rate when steps
+    are few, or None. options: keyword arguments that belong to the name. needs_loss: ``step(loss=...)`` wants the mean
+    loss of the batch.
+    """
+
+    name: str
+    factory: Callable[..., Optimizer]
+    lr: float
+    lr_range: tuple[float, float]
+    second: Tunable | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs_loss: bool = False
+
+
+# Linear: half of the trials then average over 5 to 10 gradients, a quarter over more than 20. With few steps an average
+# over 100 gradients never fills.
+_MOMENTUM = Tunable("momentum", 0.8, 0.99, log=False)
+_BETA1 = Tunable("beta1", 0.8, 0.99, log=False)
+_BETA_MAX = Tunable("beta_max", 0.8, 1.0, log=False)
+
+
+def _nlcg(name: str, **options: Any) -> Entry:
+    return Entry(
+        name=name,
+        factory=NLCG,
+        lr=0.1,
+        lr_range=(0.01, 10.0),
+        second=_BETA_MAX,
+        options=options,
+        needs_loss=options.get("line_search", "none") != "none",
+    )
+
+
+_ENTRIES = (
+    _nlcg("nlcg", rule="fr", precond="bfgs"),
+    _nlcg("nlcg-step", rule="fr", precond="bfgs", line_search="step"),
+    _nlcg("nlcg-fr", rule="fr", precond="none"),
+    _nlcg("nlcg-pr", rule="pr", precond="bfgs"),
+    Entry(name="sgd", factory=SGD, lr=0.1, lr_range=(0.01, 10.0)),
+    Entry(
+        name="momentum", factory=SGD, lr=0.1, lr_range=(0.01, 10.0), second=_MOMENTUM, options={"momentum": 0.9}
+    ),
+    Entry(
+        name="nesterov",
+        factory=SGD,
+        lr=0.1,
+        lr_range=(0.01, 10.0),
+        second=_MOMENTUM,
+        options={"momentum": 0.9, "nesterov": True},
+    ),
+    Entry(name="adamw", factory=AdamW, lr=1e-3, lr_range=(3e-4, 0.3), second=_BETA1),
+    # The baseline of Adya, Palakkode & Tuzel 2018: with an epsilon of 1 it is practically SGD with momentum.
+    Entry(
+        name="rmsprop",
+        factory=RMSprop,
+        lr=0.1,
+        lr_range=(0.01, 10.0),
+        second=_MOMENTUM,
+        options={"alpha": 0.9, "momentum": 0.9, "eps": 1.0},
+    ),
+    Entry(name="lars", factory=LARS, lr=10.0, lr_range=(1.0, 1000.0), second=_MOMENTUM),
+    Entry(name="lamb", factory=LAMB, lr=1e-2, lr_range=(1e-3, 1.0), second=_BETA1),
+)
+_CATALOGUE = {item.name: item for item in _ENTRIES}
+
+
+def names() -> tuple[str, ...]:
+    """The names that :func:`entry` and :func:`build` know."""
+    return tuple(_CATALOGUE)
+
+
+def entry(name: str) -> Entry:
+    """The optimizer called *name*; raises UnknownName, with the nearest names, if there is none."""
+    if name not in _CATALOGUE:
+        unknown("optimizer", name, names())
+    return _CATALOGUE[name]
+
+
+def build(
+    name: str,
+    params: Iterable[Tensor] | Iterable[dict[str, Any]],
+    *,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> Optimizer:
+    """The optimizer called *name* for *params* (tensors or parameter groups).
+
+    lr: None takes that of the catalogue. weight_decay: coupled, but decoupled with ``adamw`` and ``lamb``. options:
+    keyword arguments of the optimizer, over those of the catalogue; ``beta1`` and ``beta2`` stand for the two parts of
+    ``betas``. torch's own SGD and AdamW are the fused ones, on CPU and GPU.
+
+    Raises UnknownName for a name or an option that does not exist, and whatever the optimizer raises for bad values.
+
+    >>> optimizer = build("adamw", [torch.zeros(2, requires_grad=True)], beta1=0.95)
+    >>> optimizer.defaults["betas"], optimizer.defaults["fused"]
+    ((0.95, 0.999), True)
+    """
+    found = entry(name)
+    params = [_listed(item) if isinstance(item, dict) else item for item in params]
+    arguments = {"lr": found.lr if lr is None else lr, "weight_decay": weight_decay, **found.options, **options}
+    _check_options(found, options)
+    _join_betas(found, arguments)
+    if found.factory in (SGD, AdamW) and _device(params).type in ("cpu", "cuda"):
+        arguments.setdefault("fused", True)
+    return found.factory(params, **arguments)
+
+
+def _accepted(found: Entry) -> dict[str, Any]:
+    """Name and default of what the factory accepts as an option."""
+    parameters = inspect.signature(found.factory).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("params", "lr", "weight_decay")}
+
+
+def _check_options(found: Entry, options: Mapping[str, Any]) -> None:
+    accepted = _accepted(found)
+    if "betas" in accepted:
+        accepted |= {"beta1": None, "beta2": None}
+    for option in options:
+        if option not in accepted:
+            unknown(f"option of optimizer {found.name!r}", option, accepted)
+
+
+def _join_betas(found: Entry, arguments: dict[str, Any]) -> None:
+    betas = arguments.get("betas", _accepted(found).get("betas"))
+    if betas is not None:
+        arguments["betas"] = (arguments.pop("beta1", betas[0]), arguments.pop("beta2", betas[1]))
+
+
+def _listed(group: dict[str, Any]) -> dict[str, Any]:
+    params = group["params"]
+    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
+def _device(params: list[Any]) -> torch.device:
+    """Where the first parameter lies; the CPU when there is none (the optimizer itself complains then)."""
+    first = params[0] if params else None
+    if isinstance(first, dict):
+        first = next(iter(first["params"]), None)
+    return first.device if isinstance(first, Tensor) else torch.device("cpu")
