@@ -1,4 +1,4 @@
-/* The vector work of an NLCG step on CPU tensors: few passes over memory, sums accumulated in double.
+/* The vector work of an NLCG step on CPU tensors: few passes over memory.
  *
  * Optional: without this module the optimizers take their PyTorch paths, which are the specification (see _vectors.py).
  * Works on blocks of flat, equally laid out tensors. Sums are written per block, so that their total does not depend on how
@@ -11,7 +11,7 @@
 
 enum { PARAM, GRAD, PREV, HESS, DIR, N_POINTERS };
 enum { SCALE, DECAY, EPS, ROOT_A, ROOT_B, SHIFT, LOW, HIGH, BETA, TAU, UNDO, KEEP, N_COEFFICIENTS };
-enum { N_SUMS = 4 };
+enum { N_SUMS = 4, RUN = 512 };
 enum { OP_GRADIENT, OP_DIFFERENCE, OP_PRECONDITION, OP_MOVE };
 enum { F_DECAY = 1, F_DIRECTION = 2, F_CROSS = 4, F_HESSIAN = 8, F_UPDATE = 16, F_ABSOLUTE = 32, F_STORE = 64, F_UNDO = 128 };
 

@@ -1,7 +1,9 @@
 /* The loops of _kernels.c for one element type: T, SUFFIX(name).
  *
  * x = SCALE * gradient + DECAY * parameter is the gradient that the method sees. `#pragma omp simd reduction` lets the compiler
- * vectorise the sums without -ffast-math, which would be free to drop the checks for non-finite values.
+ * vectorise the sums without -ffast-math, which would be free to drop the checks for non-finite values. Sums run in T over
+ * RUN elements, some dozens per vector lane, and in double from there on: half the work of all double, and the rounding errors
+ * (about 1e-9 of a dot product of millions) are far below those of the gradients.
  */
 
 #define EFFECTIVE(i) ((flags & F_DECAY) ? scale * g[i] + decay * p[i] : g[i])
@@ -9,75 +11,94 @@
 /* |x|^2, <x, d>, <x, P prev> */
 INLINE void SUFFIX(gradient)(const T *restrict p, const T *restrict g, const T *restrict prev, const T *restrict h,
                              const T *restrict d, int64_t n, const double *c, double *out, const int flags) {
-    double xx = 0, xd = 0, cross = 0;
+    double sum_xx = 0, sum_xd = 0, sum_cross = 0;
     const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS];
+    for (int64_t start = 0; start < n; start += RUN) {
+        const int64_t end = start + RUN < n ? start + RUN : n;
+        T xx = 0, xd = 0, cross = 0;
 #pragma omp simd reduction(+ : xx, xd, cross)
-    for (int64_t i = 0; i < n; i++) {
-        const T x = EFFECTIVE(i);
-        xx += (double)x * (double)x;
-        if (flags & F_DIRECTION) xd += (double)x * (double)d[i];
-        if (flags & F_CROSS) cross += (double)x * (double)((flags & F_HESSIAN) ? prev[i] / (h[i] + eps) : prev[i]);
+        for (int64_t i = start; i < end; i++) {
+            const T x = EFFECTIVE(i);
+            xx += x * x;
+            if (flags & F_DIRECTION) xd += x * d[i];
+            if (flags & F_CROSS) cross += x * ((flags & F_HESSIAN) ? prev[i] / (h[i] + eps) : prev[i]);
+        }
+        sum_xx += (double)xx, sum_xd += (double)xd, sum_cross += (double)cross;
     }
-    out[0] = xx, out[1] = xd, out[2] = cross, out[3] = 0;
+    out[0] = sum_xx, out[1] = sum_xd, out[2] = sum_cross, out[3] = 0;
 }
 
 /* |x - prev|^2 */
 INLINE void SUFFIX(difference)(const T *restrict p, const T *restrict g, const T *restrict prev, int64_t n, const double *c,
                                double *out, const int flags) {
-    double yy = 0;
+    double sum_yy = 0;
     const T scale = (T)c[SCALE], decay = (T)c[DECAY];
+    for (int64_t start = 0; start < n; start += RUN) {
+        const int64_t end = start + RUN < n ? start + RUN : n;
+        T yy = 0;
 #pragma omp simd reduction(+ : yy)
-    for (int64_t i = 0; i < n; i++) {
-        const T y = EFFECTIVE(i) - prev[i];
-        yy += (double)y * (double)y;
+        for (int64_t i = start; i < end; i++) {
+            const T y = EFFECTIVE(i) - prev[i];
+            yy += y * y;
+        }
+        sum_yy += (double)yy;
     }
-    out[0] = yy, out[1] = out[2] = out[3] = 0;
+    out[0] = sum_yy, out[1] = out[2] = out[3] = 0;
 }
 
 /* h <- bounded(h - (ROOT_B h d)^2 + (ROOT_A y)^2 + SHIFT), prev <- x; <x, P x> */
 INLINE void SUFFIX(precondition)(const T *restrict p, const T *restrict g, T *restrict prev, T *restrict h,
                                  const T *restrict d, int64_t n, const double *c, double *out, const int flags) {
-    double rho = 0;
+    double sum_rho = 0;
     const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], root_a = (T)c[ROOT_A], root_b = (T)c[ROOT_B];
     const T shift = (T)c[SHIFT], low = (T)c[LOW], high = (T)c[HIGH];
+    for (int64_t start = 0; start < n; start += RUN) {
+        const int64_t end = start + RUN < n ? start + RUN : n;
+        T rho = 0;
 #pragma omp simd reduction(+ : rho)
-    for (int64_t i = 0; i < n; i++) {
-        const T x = EFFECTIVE(i);
-        T v = h[i];
-        if (flags & F_UPDATE) {
-            const T s = v * d[i] * root_b, y = (x - prev[i]) * root_a;
-            v = v - s * s + y * y + shift;
-            if (flags & F_ABSOLUTE) v = v < 0 ? -v : v;
-            v = v < low ? low : v;
-            v = v > high ? high : v;
-            h[i] = v;
+        for (int64_t i = start; i < end; i++) {
+            const T x = EFFECTIVE(i);
+            T v = h[i];
+            if (flags & F_UPDATE) {
+                const T s = v * d[i] * root_b, y = (x - prev[i]) * root_a;
+                v = v - s * s + y * y + shift;
+                if (flags & F_ABSOLUTE) v = v < 0 ? -v : v;
+                v = v < low ? low : v;
+                v = v > high ? high : v;
+                h[i] = v;
+            }
+            prev[i] = x;
+            rho += x * (x / (v + eps));
         }
-        prev[i] = x;
-        rho += (double)x * (double)(x / (v + eps));
+        sum_rho += (double)rho;
     }
-    out[0] = rho, out[1] = out[2] = out[3] = 0;
+    out[0] = sum_rho, out[1] = out[2] = out[3] = 0;
 }
 
 /* d <- -P x + BETA d, p <- KEEP p + UNDO d_old + TAU d; <x, d>, <d, H d>, |d|^2 */
 INLINE void SUFFIX(move)(T *restrict p, const T *restrict g, T *restrict prev, const T *restrict h, T *restrict d, int64_t n,
                          const double *c, double *out, const int flags) {
-    double xd = 0, dhd = 0, dd = 0;
+    double sum_xd = 0, sum_dhd = 0, sum_dd = 0;
     const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], beta = (T)c[BETA], tau = (T)c[TAU];
     const T undo = (T)c[UNDO], keep = (T)c[KEEP];
+    for (int64_t start = 0; start < n; start += RUN) {
+        const int64_t end = start + RUN < n ? start + RUN : n;
+        T xd = 0, dhd = 0, dd = 0;
 #pragma omp simd reduction(+ : xd, dhd, dd)
-    for (int64_t i = 0; i < n; i++) {
-        const T x = EFFECTIVE(i), old = d[i];
-        const T direction = old * beta - ((flags & F_HESSIAN) ? x / (h[i] + eps) : x);
-        const T kept = (flags & F_UNDO) ? p[i] * keep + old * undo : p[i] * keep;
-        const double w = direction;
-        p[i] = kept + direction * tau;
-        d[i] = direction;
-        if (flags & F_STORE) prev[i] = x;
-        xd += (double)x * w;
-        dd += w * w;
-        if (flags & F_HESSIAN) dhd += (double)h[i] * w * w;
+        for (int64_t i = start; i < end; i++) {
+            const T x = EFFECTIVE(i), old = d[i];
+            const T direction = old * beta - ((flags & F_HESSIAN) ? x / (h[i] + eps) : x);
+            const T kept = (flags & F_UNDO) ? p[i] * keep + old * undo : p[i] * keep;
+            p[i] = kept + direction * tau;
+            d[i] = direction;
+            if (flags & F_STORE) prev[i] = x;
+            xd += x * direction;
+            dd += direction * direction;
+            if (flags & F_HESSIAN) dhd += h[i] * direction * direction;
+        }
+        sum_xd += (double)xd, sum_dhd += (double)dhd, sum_dd += (double)dd;
     }
-    out[0] = xd, out[1] = dhd, out[2] = dd, out[3] = 0;
+    out[0] = sum_xd, out[1] = sum_dhd, out[2] = sum_dd, out[3] = 0;
 }
 
 #undef EFFECTIVE

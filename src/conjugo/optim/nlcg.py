@@ -46,6 +46,20 @@ class Scalars(NamedTuple):
     skipped: Array  # steps skipped because something was not finite
 
 
+class Sums(NamedTuple):
+    """Inner products over the scope, at each parameter; a prime (rho, gg) marks the previous step."""
+
+    tau: Array  # length of the last step, s = tau d'
+    ys: Array  # <y, s>
+    shs: Array  # <s, H s>
+    ss: Array  # <s, s>
+    xx: Array  # <g, g>
+    gg: Array  # <g', g'>
+    xd: Array  # <g, d'>
+    cross: Array  # <g, P g'>
+    rho: Array  # <g', P g'>
+
+
 class NLCG(Optimizer):
     r"""Stochastic preconditioned nonlinear conjugate gradients, for large mini-batches.
 
@@ -248,7 +262,12 @@ class NLCG(Optimizer):
         ``cosine`` of the angle between the direction and -g; ``skipped`` (bool). 0-d with scope ``"global"``, else one
         value for each parameter. Empty before the first step.
         """
-        values = {name: torch.as_tensor(value) for name, value in self._last.items()}
+        if "rho" not in self._last:
+            return {}
+        rho, gg, gd, dd = (self._pool(self._last[name]) for name in ("rho", "gg", "gd", "dd"))
+        shown = {name: self._last[name] for name in ("beta", "base_lr", "ys", "shs", "skipped")}
+        shown |= {"rho": rho, "cosine": ratio(-gd, namespace(gg).sqrt(gg * dd))}
+        values = {name: torch.as_tensor(value) for name, value in shown.items()}
         if self.scope == "global":
             return {name: value if value.ndim == 0 else value[0] for name, value in values.items()}
         return values
@@ -299,9 +318,10 @@ class NLCG(Optimizer):
             self._last = self._last | {"skipped": ~finite}
             return
 
-        secant = self._secant(old, lr, xx, xd, finite)
+        sums = self._pooled(old, lr, xx, xd, cross)
+        secant = self._secant(old, sums, finite)
         rho = passes.precondition(secant, fresh=first)
-        beta = self._beta(old, rho, xd, cross)
+        beta = self._beta(old, sums, rho)
         base, remove, ema, ema_prev = self._search(old, value)
         length = lr * base
         tau, undo = self._lengths(length, lr * old.base if self.mode == "reference" else old.tau, remove)
@@ -313,46 +333,50 @@ class NLCG(Optimizer):
         self._last = {
             "beta": beta,
             "base_lr": base,
-            "rho": self._pool(rho),
-            "ys": secant.ys,
-            "shs": secant.shs,
-            "cosine": ratio(-self._pool(gd), xp.sqrt(self._pool(xx) * self._pool(dd))),
+            "rho": rho,
+            "ys": sums.ys,
+            "shs": sums.shs,
+            "gg": xx,
+            "gd": gd,
+            "dd": dd,
             "skipped": ~finite,
         }
 
-    def _secant(self, old: Scalars, lr: Array, xx: Array, xd: Array, finite: Array) -> Secant:
-        """What the last step taught; <y, s> = tau (<g, d'> - <g', d'>) takes no pass over memory."""
-        reference = self.mode == "reference"
-        tau = lr * old.base if reference else old.tau
-        seen = old.step > 0
-        usable = seen if reference else seen & (old.pure == 1)
-        if not self.precond.learns_from_steps:
-            zero = 0 * xx
-            return Secant(tau, zero, zero, zero, zero, usable, finite)
-        ys, shs = self._pool(tau * (xd - old.gd)), self._pool(tau * tau * old.dhd)
-        ss = self._pool(tau * tau * old.dd)
-        return Secant(tau, ys, shs, self._change(old, xx, ys, ss), ss, usable, finite)
+    def _pooled(self, old: Scalars, lr: Array, xx: Array, xd: Array, cross: Array) -> Sums:
+        """All sums over the scope that are known before the preconditioner is updated, in one go."""
+        tau = lr * old.base if self.mode == "reference" else old.tau
+        # <y, s> = tau (<g, d'> - <g', d'>) takes no pass over memory.
+        parts = (tau * (xd - old.gd), tau * tau * old.dhd, tau * tau * old.dd, xx, old.gg, xd, cross, old.rho)
+        return Sums(tau, *self._pool(namespace(xx).stack(parts)))
 
-    def _change(self, old: Scalars, xx: Array, ys: Array, ss: Array) -> Array:
+    def _secant(self, old: Scalars, sums: Sums, finite: Array) -> Secant:
+        """What the last step taught."""
+        seen = old.step > 0
+        usable = seen if self.mode == "reference" else seen & (old.pure == 1)
+        change = self._change(old, sums) if self.precond.learns_from_steps else sums.xx
+        return Secant(sums.tau, sums.ys, sums.shs, change, sums.ss, usable, finite)
+
+    def _change(self, old: Scalars, sums: Sums) -> Array:
         """<y, y> over the scope, or a bound on it that serves as well: <y, y> costs another pass over memory."""
-        xp = namespace(xx)
+        xp = namespace(sums.xx)
         if self._passes.on_host:
-            bound = (xp.sqrt(self._pool(xx)) + xp.sqrt(self._pool(old.gg))) ** 2  # |y| <= |g| + |g'|
-            if bool(((ys <= 0) | (ys > DiagonalBFGS.CURVATURE * xp.sqrt(bound * ss))).all()):
+            bound = (xp.sqrt(sums.xx) + xp.sqrt(sums.gg)) ** 2  # |y| <= |g| + |g'|
+            clear = (sums.ys <= 0) | (sums.ys > DiagonalBFGS.CURVATURE * xp.sqrt(bound * sums.ss))
+            if clear.all():
                 return bound
         return self._pool(xp.where(old.step > 0, self._passes.difference(), 0.0))
 
-    def _beta(self, old: Scalars, rho: Array, xd: Array, cross: Array) -> Array:
+    def _beta(self, old: Scalars, sums: Sums, rho: Array) -> Array:
         xp = namespace(rho)
         seen = old.step > 0
         numerator = self._pool(xp.where(seen, rho, 0.0))  # over the parameters that have a previous gradient
         if self.rule == "pr":
-            numerator = numerator - self._pool(cross)
-        denominator = self._pool(old.rho)
-        beta = numerator / (denominator + EPS) if self.mode == "reference" else ratio(numerator, denominator)
+            numerator = numerator - sums.cross
+        reference = self.mode == "reference"
+        beta = numerator / (sums.rho + EPS) if reference else ratio(numerator, sums.rho)
         beta = xp.minimum(beta.clip(min=0.0), self._per_parameter("beta_max"))
         if self.restart_on_ascent:
-            uphill = beta * self._pool(xd) > self._pool(rho)  # <g, d> = -<g, P g> + beta <g, d'> > 0
+            uphill = beta * sums.xd > self._pool(rho)  # <g, d> = -<g, P g> + beta <g, d'> > 0
             beta = xp.where(uphill, 0.0, beta)
         return xp.where(seen, beta, 0.0)
 
@@ -374,6 +398,9 @@ class NLCG(Optimizer):
         """Write the scalars of a finite step; count one that is not."""
         xp = namespace(table)
         rows = slice(None) if self._rows is None else self._rows
+        if self._passes.on_host and finite:
+            table[rows] = xp.stack(new, 1)
+            return
         old = Scalars(*table[rows].T)
         counted = old._replace(skipped=old.skipped + 1)
         table[rows] = xp.where(finite, xp.stack(new, 1), xp.stack(counted, 1))
@@ -381,13 +408,14 @@ class NLCG(Optimizer):
     # Scalars per parameter ---------------------------------------------------------------------------------------------
 
     def _pool(self, parts: Array) -> Array:
-        """Sums over the scope, of one part [n] for each parameter, at each parameter [n]."""
+        """Sums over the scope, of one part for each parameter, at each parameter; *parts* and result [..., n]."""
         if self.scope == "tensor":
             return parts
         xp = namespace(parts)
         spans = [slice(None)] if self.scope == "global" else self._spans
-        sums = [xp.full_like(parts[span], 1.0) * parts[span].sum() for span in spans]
-        return sums[0] if len(sums) == 1 else xp.concatenate(sums)
+        pieces = [parts[..., span] for span in spans]
+        sums = [xp.broadcast_to(piece.sum(-1)[..., None], piece.shape) for piece in pieces]
+        return sums[0] if len(sums) == 1 else xp.concatenate(sums, -1)
 
     def _per_parameter(self, name: str) -> Array:
         """The option *name* (a number or a 0-d tensor) of each parameter's group, float64 [n]."""

@@ -41,7 +41,7 @@ class Block:
 class Secant(NamedTuple):
     """What the last step s = tau d' taught: inner products over the whole scope.
 
-    For :meth:`Preconditioner.update` 0-d tensors in float64. The sums are 0 if the preconditioner does not learn from steps.
+    For :meth:`Preconditioner.update` 0-d tensors in float64. The sums are 0 if the preconditioner learns nothing from steps.
     """
 
     tau: Array
