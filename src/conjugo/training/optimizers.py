@@ -71,9 +71,7 @@ _ENTRIES = (
     _nlcg("nlcg-fr", rule="fr", precond="none"),
     _nlcg("nlcg-pr", rule="pr", precond="bfgs"),
     Entry(name="sgd", factory=SGD, lr=0.1, lr_range=(0.01, 10.0)),
-    Entry(
-        name="momentum", factory=SGD, lr=0.1, lr_range=(0.01, 10.0), second=_MOMENTUM, options={"momentum": 0.9}
-    ),
+    Entry(name="momentum", factory=SGD, lr=0.1, lr_range=(0.01, 10.0), second=_MOMENTUM, options={"momentum": 0.9}),
     Entry(
         name="nesterov",
         factory=SGD,
@@ -131,13 +129,13 @@ def build(
     ((0.95, 0.999), True)
     """
     found = entry(name)
-    params = [_listed(item) if isinstance(item, dict) else item for item in params]
+    listed: list[Any] = [_listed(item) if isinstance(item, dict) else item for item in params]
     arguments = {"lr": found.lr if lr is None else lr, "weight_decay": weight_decay, **found.options, **options}
     _check_options(found, options)
     _join_betas(found, arguments)
-    if found.factory in (SGD, AdamW) and _device(params).type in ("cpu", "cuda"):
+    if found.factory in (SGD, AdamW) and _device(listed).type in ("cpu", "cuda"):
         arguments.setdefault("fused", True)
-    return found.factory(params, **arguments)
+    return found.factory(listed, **arguments)
 
 
 def _accepted(found: Entry) -> dict[str, Any]:

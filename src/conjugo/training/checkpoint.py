@@ -1,0 +1,154 @@
+"""Checkpoints that survive a killed process, a full disk and flipped bits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from conjugo.errors import CorruptFile
+
+__all__ = ["Checkpoints", "write_aside"]
+
+_DIGITS = 16  # of the SHA-256 in a file's name
+
+
+class Checkpoints:
+    """The checkpoints of one run: files ``step-<step>-<checksum>.pt`` in *folder*, of which the newest *keep* stay.
+
+    Each is written beside, synced and renamed, and only then an older one removed. The checksum in its name is the
+    beginning of its SHA-256 (as ``sha256sum`` prints it). ``torch.load(path, weights_only=True)`` reads it.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, the oldest first."""
+        return sorted(self.folder.glob("step-*-*.pt"), key=_step)
+
+    def save(self, step: int, state: dict[str, Any]) -> bool:
+        """Write *state* (plain values and tensors) as that of *step*.
+
+        If that fails (no space left, no permission) there is a warning, what is there already stays, and False.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # torch reports failed writes of its archive as RuntimeError.
+            write_aside(self.folder / f"step-{step:08}.pt", lambda file: torch.save(state, file), add_checksum=True)
+        except (OSError, RuntimeError) as error:
+            kept = self.paths()
+            newest = f"the newest is still {kept[-1].name}" if kept else "there is none yet"
+            warnings.warn(f"no checkpoint of step {step} could be written ({error}); {newest}", stacklevel=2)
+            return False
+        for path in self.paths()[: -self._keep]:
+            path.unlink(missing_ok=True)
+        return True
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, on the CPU; None if there is none at all.
+
+        Damaged newer ones are set aside (``.corrupt`` behind their names) with a warning. Raises CorruptFile if all are
+        damaged.
+        """
+        damaged: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                state = _read(path)
+            except CorruptFile as error:
+                damaged.append(str(error))
+                continue
+            for message, corrupt in zip(damaged, reversed(self.paths())):
+                warnings.warn(f"{message}; going back to {path.name}", stacklevel=2)
+                corrupt.rename(corrupt.with_name(corrupt.name + ".corrupt"))
+            return state
+        if damaged:
+            raise CorruptFile(f"no checkpoint can be read: {'; '.join(damaged)}")
+        return None
+
+    def clean(self) -> None:
+        """Remove what a killed process may have left half written."""
+        for path in self.folder.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    wanted = path.stem.rsplit("-", 1)[1]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+        if found != wanted:
+            raise CorruptFile(f"checkpoint {path} is damaged: its checksum is {found}")
+        file.seek(0)
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whole, but not ours: whatever torch and pickle raise
+            raise CorruptFile(f"checkpoint {path} cannot be read: {error}") from error
+    return state
+
+
+def write_aside(path: Path, write: Callable[[IO[bytes]], object], *, add_checksum: bool = False) -> None:
+    """Give *path* what *write* writes, all or nothing: into a file beside it, synced to disk, then renamed.
+
+    add_checksum: the name becomes ``<stem>-<first digits of the SHA-256><suffix>``. Raises what *write* and the system
+    raise; the old content of *path* stays then.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            hashed = _Hashed(file)
+            write(hashed)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        if add_checksum:
+            path = path.with_stem(f"{path.stem}-{hashed.sha256.hexdigest()[:_DIGITS]}")
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+class _Hashed:
+    """A file that is only written to, and the SHA-256 of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in *folder* durable, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

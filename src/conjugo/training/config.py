@@ -1,0 +1,166 @@
+"""What a training run is asked for (`TrainConfig`) and what it gives (`TrainResult`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import nn
+
+from conjugo.errors import check, unknown
+from conjugo.training import models, optimizers
+
+__all__ = ["Precision", "Schedule", "TrainConfig", "TrainResult", "finite"]
+
+Schedule = Literal["polynomial", "cosine", "constant"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that a training run depends on: equal configurations give equal runs on one machine.
+
+    Data: *data* is a name of :func:`conjugo.training.data.names`; *data_root* the folder to look in; *image_size* the
+    side to which encoded images are scaled; *download*: fetch an official archive that is absent.
+
+    Method: *model* (None: the usual one for the data), *optimizer* and *optimizer_options* by their catalogue names;
+    *lr* (None: the catalogue's), *weight_decay*, *decay_norm_and_bias* (False: none on parameters with one dimension),
+    *clip_norm* (upper limit of the gradient's norm, or None), *label_smoothing* (0 to 1), *augment* (random crops and
+    flips where the data allow them), *ema* (limit of the decay of a running average of the weights, with which
+    evaluations are made, or None).
+
+    Length: *batch_size* examples per step, ``"full"`` for all of them. *micro_batch*: examples sent through the model
+    at once (None: the whole batch); their gradients are added up, each example with equal weight. *epochs* times the
+    training data, rounded to whole steps, or exactly *steps*. *schedule*: ``"polynomial"`` is warm-up with power 1/2
+    and drops to 1/10 and 1/100 at 51 % and 76.5 % of the steps (Adya, Palakkode & Tuzel 2018), ``"cosine"`` a linear
+    warm-up and half a cosine down to 0, ``"constant"`` a warm-up with power 1/2 and nothing else. *warmup*: its
+    fraction of the steps, rounded down to whole steps.
+
+    Measures: *evaluations* and *checkpoints* are how many there are, evenly spaced, the last at the end (no checkpoints:
+    only where the run is interrupted); the newest *keep* checkpoints stay. *max_skipped*: after so many steps in a row
+    whose loss or gradient is not finite training stops. *tensorboard*: write such a log too.
+
+    Machine: *precision* ``"bfloat16"`` is autocast, ``"auto"`` that where it pays (convolutional models on hardware
+    with bfloat16 units); *channels_last* memory layout (None: where it pays); *compile* with torch.compile; *seed*;
+    *device* (``"auto"``: a GPU if there is one); *threads* of the CPU (None: as they are).
+
+    Raises UnknownName for a name that does not exist and ValueError for a value out of its range.
+    """
+
+    data: str = "digits"
+    data_root: str | None = None
+    image_size: int | None = None
+    download: bool = False
+    model: str | None = None
+    optimizer: str = "nlcg"
+    lr: float | None = None
+    weight_decay: float = 0.0
+    optimizer_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    batch_size: int | Literal["full"] = 128
+    micro_batch: int | None = None
+    epochs: float = 20.0
+    steps: int | None = None
+    schedule: Schedule = "polynomial"
+    warmup: float = 0.125
+    decay_norm_and_bias: bool = True
+    ema: float | None = None
+    label_smoothing: float = 0.0
+    augment: bool = True
+    precision: Precision = "auto"
+    channels_last: bool | None = None
+    compile: bool = False
+    evaluations: int = 10
+    checkpoints: int = 10
+    keep: int = 2
+    max_skipped: int = 10
+    clip_norm: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.model not in models.names():
+            unknown("model", self.model, models.names())
+        optimizers.entry(self.optimizer)
+        for name, accepted in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in accepted:
+                unknown(name, getattr(self, name), accepted)
+        if self.batch_size != "full":
+            self._check_count("batch_size", "an integer >= 1 or 'full'")
+        for name in ("evaluations", "keep", "max_skipped"):
+            self._check_count(name, "an integer >= 1")
+        for name in ("micro_batch", "steps", "threads", "image_size"):
+            if getattr(self, name) is not None:
+                self._check_count(name, "an integer >= 1 or None")
+        for name in ("checkpoints", "seed"):
+            self._check_count(name, "an integer >= 0", least=0)
+        self._check("lr", self.lr is None or 0 <= self.lr < math.inf, "in [0, inf) or None")
+        self._check("weight_decay", 0 <= self.weight_decay < math.inf, "in [0, inf)")
+        self._check("epochs", 0 < self.epochs < math.inf, "in (0, inf)")
+        self._check("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, in [0, 1]")
+        self._check("ema", self.ema is None or 0 <= self.ema < 1, "in [0, 1) or None")
+        self._check("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        self._check("clip_norm", self.clip_norm is None or 0 < self.clip_norm < math.inf, "in (0, inf) or None")
+
+    def _check(self, name: str, condition: bool, accepted: str) -> None:
+        check(condition, "TrainConfig", name, getattr(self, name), accepted)
+
+    def _check_count(self, name: str, accepted: str, *, least: int = 1) -> None:
+        value = getattr(self, name)
+        self._check(name, isinstance(value, int) and not isinstance(value, bool) and value >= least, accepted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON, YAML or TOML (which has no None: leave those out there)."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`; settings that are absent keep their defaults.
+
+        Raises UnknownName for a setting that does not exist.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                unknown("training setting", name, known)
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What came out of a training run.
+
+    steps: taken, the skipped ones too. samples: examples sent forward and backward. train_loss: mean over the steps
+    since the last evaluation but one, with augmentation and label smoothing. loss, accuracy (fraction): on the test
+    split, at the end, with the averaged weights if there are any. Losses are None where they are not finite. curve:
+    (step, accuracy) of every evaluation. diverged: stopped after too many skipped steps. seconds: spent in training
+    steps, not in evaluations and checkpoints; images_per_second: samples over seconds. parameters: their number.
+    model: on the training device, with its own weights (not their average).
+    """
+
+    steps: int
+    samples: int
+    train_loss: float | None
+    loss: float | None
+    accuracy: float
+    curve: tuple[tuple[int, float], ...]
+    diverged: bool
+    skipped_steps: int
+    seconds: float
+    images_per_second: float
+    parameters: int
+    model: nn.Module = field(compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the model, as plain values."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "model"}
+
+
+def finite(value: torch.Tensor) -> float | None:
+    """The number in a 0-d tensor, or None if it is NaN or infinite."""
+    number = value.item()
+    return number if math.isfinite(number) else None

@@ -1,0 +1,339 @@
+"""The training loop.
+
+Read `Trainer.train_step` first: it is what happens in a step. `Trainer.fit` is the loop around it, `train` the function
+that users call. What they rely on is next door: `batches` (data to device), `guard` (steps that are not finite),
+`run` and `checkpoint` (what is written), `metrics` (what is shown).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from conjugo.distributed import GlobalBatchSampler
+from conjugo.errors import TrainingDiverged, check
+from conjugo.optim import WeightEMA
+from conjugo.optim.schedules import ScheduleLR, WarmupCosine, WarmupPolynomial
+from conjugo.training import data as datasets
+from conjugo.training import models, optimizers
+from conjugo.training.batches import Feed
+from conjugo.training.config import TrainConfig, TrainResult, finite
+from conjugo.training.guard import Guard
+from conjugo.training.machine import Clock, choose_device, held_interrupt, isolated, pays_bfloat16
+from conjugo.training.metrics import Display, Record
+from conjugo.training.run import RunDirectory
+
+__all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
+
+_EVALUATION_BATCH = 500
+
+
+def train(
+    config: TrainConfig,
+    *,
+    out: Path | None = None,
+    data: datasets.Dataset | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+    stop_on_divergence: bool = True,
+) -> TrainResult:
+    """Train a model as *config* says and evaluate it.
+
+    out: the run directory (see :class:`~conjugo.training.run.RunDirectory`); None writes nothing. data: instead of the
+    data set that *config* names. resume: go on from the newest good checkpoint in *out*, or begin if there is none; the
+    result is the one of the uninterrupted run, bit for bit on a CPU. progress: show a bar; None: if standard error is a
+    terminal. stop_on_divergence: False gives a result with ``diverged=True`` where otherwise TrainingDiverged is raised.
+
+    torch's global random state, number of threads and deterministic mode are afterwards what they were.
+
+    Raises ValueError for a batch larger than the data or a run that was started with another configuration,
+    FileExistsError if *out* holds a run already, CorruptFile if no checkpoint of it can be read, TrainingDiverged after
+    ``config.max_skipped`` steps in a row without a finite loss and gradient, and KeyboardInterrupt at Ctrl-C, when a
+    checkpoint is written.
+
+    >>> result = train(TrainConfig(data="digits", optimizer="nlcg", lr=0.3, epochs=3))
+    >>> result.accuracy > 0.5
+    True
+    """
+    if data is None:
+        data = datasets.load(config.data, root=config.data_root, download=config.download, image_size=config.image_size)
+    config = replace(config, data=data.name)
+    with isolated(config):
+        trainer = Trainer(config, data)
+        run = None if out is None else RunDirectory(out, config, resume=resume)
+        with Display(trainer.steps, show=progress) as display:
+            return trainer.fit(run, display, stop_on_divergence=stop_on_divergence)
+
+
+class Trainer:
+    """One training run: the model, its data, its optimizer, and how far they have come.
+
+    Raises ValueError if the batch is larger than the data.
+    """
+
+    def __init__(self, config: TrainConfig, data: datasets.Dataset) -> None:
+        n = len(data.train)
+        batch_size = n if config.batch_size == "full" else config.batch_size
+        accepted = f"at most {n}, the number of training examples of {data.name!r}, or 'full'"
+        check(batch_size <= n, "TrainConfig", "batch_size", batch_size, accepted)
+        self.config = config
+        self.batch_size = batch_size
+        self.steps = config.steps or max(1, round(config.epochs * n / batch_size))
+        self.device = choose_device(config.device)
+
+        torch.manual_seed(config.seed)
+        name = config.model or models.default_for(data)
+        model = models.build(name, input_shape=data.input_shape, num_classes=data.num_classes)
+        convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        channels_last = convolutional if config.channels_last is None else config.channels_last
+        self.model = model.to(
+            self.device, memory_format=torch.channels_last if channels_last else torch.preserve_format
+        )
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        wanted = {"float32": False, "bfloat16": True, "auto": convolutional and pays_bfloat16(self.device)}
+        self.bfloat16 = wanted[config.precision]
+
+        augment = datasets.default_augment(data) if data.kind == "image" else None
+        self.train_data = Feed(
+            data.train,
+            augment,
+            random=config.augment,
+            device=self.device,
+            channels_last=channels_last,
+            seed=config.seed,
+        )
+        self.test_data = Feed(data.test, augment, random=False, device=self.device, channels_last=channels_last)
+        self.sampler = GlobalBatchSampler(n, batch_size, seed=config.seed)
+
+        self.optimizer = _optimizer(config, self.model)
+        self.schedule = _schedule(config, self.optimizer, self.steps)
+        self.guard = Guard(
+            self.optimizer,
+            self.model,
+            max_skipped=config.max_skipped,
+            clip_norm=config.clip_norm,
+            needs_loss=optimizers.entry(config.optimizer).needs_loss,
+        )
+        self.ema = None if config.ema is None else WeightEMA(self.model, config.ema)
+
+        self.step = 0
+        self.clock = Clock(self.device)
+        self.loss_sum = torch.zeros((), device=self.device)  # over the steps since the last evaluation
+        self.loss_steps = 0
+        self.history: list[Record] = []
+
+    # One step --------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        """Draw a batch, sum the gradients of its micro-batches, and take one step of the optimizer."""
+        indices = next(self.sampler)
+        self.optimizer.zero_grad()
+        batch_loss = torch.zeros((), device=self.device)
+        for part in torch.split(indices, self.config.micro_batch or self.batch_size):
+            inputs, targets = self.train_data.take(part)
+            loss = self.loss(inputs, targets)
+            weight = len(part) / len(indices)
+            # NaN for a loss that is not finite: then all gradients are NaN, and no optimizer moves.
+            torch.autograd.backward(loss, weight + 0.0 * loss.detach())
+            batch_loss += weight * loss.detach()
+        self.guard.step(batch_loss)
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.loss_sum += batch_loss
+        self.loss_steps += 1
+        self.step += 1
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of a batch (0-d, float32)."""
+        return F.cross_entropy(self.logits(inputs), targets, label_smoothing=self.config.label_smoothing)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """What the model says to a batch: float32 [B, num_classes]."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bfloat16 else nullcontext():
+            logits: Tensor = self.forward(inputs)
+        return logits.float()
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def fit(self, run: RunDirectory | None, display: Display, *, stop_on_divergence: bool = True) -> TrainResult:
+        """Train to the end, from wherever the run stands, with evaluations and checkpoints in between."""
+        if run is not None and (state := run.restore()) is not None:
+            self.load_state_dict(state)
+        with nullcontext(_never) if run is None else held_interrupt() as interrupted:
+            try:
+                self._loop(run, display, interrupted)
+            except TrainingDiverged as error:
+                if stop_on_divergence:
+                    raise TrainingDiverged(f"step {self.step}: {error}") from None
+                self._evaluate(run, display)
+                diverged = True
+            else:
+                diverged = False
+        result = self.result(diverged=diverged)
+        if run is not None:
+            run.finish(result)
+        return result
+
+    def _loop(self, run: RunDirectory | None, display: Display, interrupted: Callable[[], bool]) -> None:
+        evaluate_at = _evenly(self.steps, self.config.evaluations)
+        save_at = _evenly(self.steps, self.config.checkpoints)
+        with self.clock.running():
+            while self.step < self.steps:
+                self.train_step()
+                display.at(self.step)
+                if self.step in evaluate_at:
+                    self._evaluate(run, display)
+                if run is not None and (self.step in save_at or interrupted()):
+                    self._save(run)
+                if interrupted():
+                    raise KeyboardInterrupt
+
+    def _evaluate(self, run: RunDirectory | None, display: Display) -> None:
+        with self.clock.paused():
+            self.history.append(self.evaluate())
+            display.evaluated(self.history[-1])
+            if run is not None:
+                run.record(self.history)
+
+    def _save(self, run: RunDirectory) -> None:
+        with self.clock.paused():
+            run.checkpoints.save(self.step, self.state_dict())
+
+    # What the run shows ----------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> Record:
+        """Loss and accuracy on the test split now, with the averaged weights if there are any, and how training goes."""
+        self.guard.check()
+        with nullcontext() if self.ema is None else self.ema.averaged():
+            loss, accuracy = self._test()
+        samples, seconds = self.step * self.batch_size, self.clock.seconds
+        record = {
+            "step": self.step,
+            "epoch": samples / self.sampler.n,
+            "samples": samples,
+            "train_loss": finite(self.loss_sum / max(1, self.loss_steps)),
+            "loss": finite(loss),
+            "accuracy": accuracy,
+            "lr": self.schedule.base_lrs[0] * self.schedule.factor(max(0, self.step - 1)),
+            "skipped_steps": self.guard.skipped,
+            "seconds": seconds,
+            "images_per_second": samples / seconds if seconds > 0 else 0.0,
+        }
+        last = getattr(self.optimizer, "last", {})
+        record |= {name: finite(last[name]) for name in ("beta", "base_lr") if name in last}
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+        return record
+
+    @torch.no_grad()
+    def _test(self) -> tuple[Tensor, float]:
+        """Mean cross-entropy (0-d) and accuracy on the test split."""
+        self.model.eval()
+        loss, correct = torch.zeros(2, device=self.device).unbind()
+        batch = min(_EVALUATION_BATCH, self.config.micro_batch or _EVALUATION_BATCH)
+        for inputs, targets in self.test_data.in_order(batch):
+            logits = self.logits(inputs)
+            loss += F.cross_entropy(logits, targets, reduction="sum")
+            correct += (logits.argmax(dim=1) == targets).sum()
+        self.model.train()
+        n = len(self.test_data)
+        return loss / n, correct.item() / n
+
+    def result(self, *, diverged: bool) -> TrainResult:
+        """The outcome, as the last evaluation saw it."""
+        last = self.history[-1]
+        return TrainResult(
+            steps=self.step,
+            samples=last["samples"],
+            train_loss=last["train_loss"],
+            loss=last["loss"],
+            accuracy=last["accuracy"],
+            curve=tuple((record["step"], record["accuracy"]) for record in self.history),
+            diverged=diverged,
+            skipped_steps=self.guard.skipped,
+            seconds=last["seconds"],
+            images_per_second=last["images_per_second"],
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            model=self.model,
+        )
+
+    # Resuming --------------------------------------------------------------------------------------------------------
+
+    def _stateful(self) -> dict[str, Any]:
+        """The parts with a ``state_dict``."""
+        parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "guard": self.guard,
+            "sampler": self.sampler,
+        }
+        return parts if self.ema is None else {**parts, "ema": self.ema}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on: tensors and plain values."""
+        self.guard.check()
+        return {
+            **{name: part.state_dict() for name, part in self._stateful().items()},
+            "step": self.step,
+            "history": self.history,
+            "seconds": self.clock.seconds,
+            "loss_sum": self.loss_sum,
+            "loss_steps": self.loss_steps,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "augmentation": self.train_data.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self.history = state["history"]
+        self.clock.seconds = state["seconds"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.loss_steps = state["loss_steps"]
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        self.train_data.generator.set_state(state["augmentation"])
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
+    params: list[Any] = list(model.parameters())
+    if not config.decay_norm_and_bias:
+        params = [
+            {"params": [p for p in params if p.ndim > 1]},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return optimizers.build(
+        config.optimizer, params, lr=config.lr, weight_decay=config.weight_decay, **config.optimizer_options
+    )
+
+
+def _schedule(config: TrainConfig, optimizer: Optimizer, steps: int) -> ScheduleLR:
+    warmup = int(config.warmup * steps)
+    if config.schedule == "cosine":
+        return WarmupCosine(optimizer, warmup, steps)
+    if config.schedule == "constant":
+        return WarmupPolynomial(optimizer, warmup, steps, drops=())
+    return WarmupPolynomial(optimizer, warmup, steps)
+
+
+def _evenly(steps: int, count: int) -> frozenset[int]:
+    """*count* of the steps 1..*steps*, evenly spaced, the last one among them; fewer if there are not so many steps."""
+    return frozenset(round(steps * k / count) for k in range(1, count + 1)) - {0}
+
+
+def _never() -> bool:
+    return False
