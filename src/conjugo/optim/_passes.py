@@ -49,44 +49,42 @@ class TensorPasses:
         starts = [sum(len(b.params) for b in blocks[:i]) for i in range(len(blocks))]
         self._blocks = list(zip(starts, blocks, strict=True))
         self._z: list[list[Tensor]] = []
-        first = blocks[0].params[0]
-        self._zero = torch.zeros((), dtype=wide_dtype(first.device), device=first.device)
 
     def gradient(self, scales: Sequence[Scale], *, direction: bool, cross: bool, fresh: Tensor) -> Tensor:
         """[n, 3]; <x, d> and <x, P g'> only if asked for, else 0. fresh: bool [n], P was never updated."""
         rows = []
         for start, block in self._blocks:
-            states = zip(block.params, block.states, scales[start:])
-            block.gradients = [_effective(p, scale, state["direction"].dtype) for p, state, scale in states]
-            xs = block.gradients
-            xd = _dots(xs, block.state("direction")) if direction else [self._zero] * len(xs)
+            xs = block.gradients = _effective(block, scales[start : start + len(block.params)])
+            xx = _dots(xs, xs, block.foreach)
+            xd = _dots(xs, block.state("direction"), block.foreach) if direction else torch.zeros_like(xx)
             old = self._precond.apply(block, block.state("grad_prev"), fresh[start]) if cross else None
-            xz = [self._zero] * len(xs) if old is None else _dots(xs, old)
-            rows += [torch.stack(row) for row in zip(_dots(xs, xs), xd, xz, strict=True)]
-        return torch.stack(rows)
+            xz = torch.zeros_like(xx) if old is None else _dots(xs, old, block.foreach)
+            rows.append(torch.stack([xx, xd, xz], 1))
+        return torch.cat(rows)
 
     def difference(self) -> Tensor:
         """[n]."""
         rows = []
         for _, block in self._blocks:
             ys = _minus(block.gradients, block.state("grad_prev"), block.foreach)
-            rows += _dots(ys, ys)
-        return torch.stack(rows)
+            rows.append(_dots(ys, ys, block.foreach))
+        return torch.cat(rows)
 
     def precondition(self, secant: Secant, *, fresh: Tensor) -> Tensor:
         """[n]. secant: fields [n], but ``finite`` 0-d; fresh: bool [n], no step was taken yet."""
         rows = []
         self._z = []
+        skip = torch.logical_not(secant.finite)
         for start, block in self._blocks:
             # NaN * 0 is NaN: only a selection rids a skipped step of its gradient.
-            block.gradients = [torch.where(secant.finite, x, torch.zeros_like(x)) for x in block.gradients]
+            block.gradients = [x.masked_fill(skip, 0.0) for x in block.gradients]
             self._precond.update(block, Secant(*(f[start] if f.ndim else f for f in secant)))
             z = self._precond.apply(block, block.gradients, fresh[start])
             self._z.append(z)
-            rows += _dots(block.gradients, z)
+            rows.append(_dots(block.gradients, z, block.foreach))
             if "grad_prev" in block.states[0]:
                 _replace(block.state("grad_prev"), block.gradients, secant.finite, block.foreach)
-        return torch.stack(rows)
+        return torch.cat(rows)
 
     def move(self, move: Move) -> Tensor:
         """[n, 3]; <d, H d> is 0 for a preconditioner that does not learn from steps."""
@@ -100,32 +98,46 @@ class TensorPasses:
             if move.undo is not None:
                 _add(ps, ds, move.undo[start].to(ds[0].dtype), block.foreach)
             _scale(ds, beta, block.foreach)
-            if block.foreach:
-                torch._foreach_sub_(ds, z)
-            else:
-                for d, x in zip(ds, z, strict=True):
-                    d.sub_(x)
+            _subtract(ds, z, block.foreach)
             _add(ps, ds, tau, block.foreach)
-            hd = self._precond.multiply(block, ds) if self._precond.learns_from_steps else None
-            dhd = [self._zero] * len(ds) if hd is None else _dots(hd, ds)
-            rows += [torch.stack(row) for row in zip(_dots(block.gradients, ds), dhd, _dots(ds, ds), strict=True)]
+            dd = _dots(ds, ds, block.foreach)
+            learns = self._precond.learns_from_steps
+            dhd = _dots(self._precond.multiply(block, ds), ds, block.foreach) if learns else torch.zeros_like(dd)
+            rows.append(torch.stack([_dots(block.gradients, ds, block.foreach), dhd, dd], 1))
             block.gradients = []
         self._z = []
-        return torch.stack(rows)
+        return torch.cat(rows)
 
 
-def _effective(p: Tensor, scale: Scale, dtype: torch.dtype) -> Tensor:
-    """scale[0] * gradient + scale[1] * parameter in *dtype*; the gradient itself where that is the same."""
-    assert p.grad is not None
-    g, (factor, decay) = as_real(p.grad), scale
-    if isinstance(factor, float) and factor == 1 and decay == 0:
-        return g.to(dtype)
-    x = g.to(dtype) * factor
-    return x if isinstance(decay, float) and decay == 0 else x.add_(as_real(p).to(dtype) * decay)
+def _effective(block: Block, scales: Sequence[Scale]) -> list[Tensor]:
+    """scale[0] * gradient + scale[1] * parameter in the type of the state; the gradient itself where that is the same."""
+    dtype = block.state("direction")[0].dtype
+    gs = [as_real(p.grad).to(dtype) for p in block.params if p.grad is not None]
+    ps = [as_real(p).to(dtype) for p in block.params]
+    factor, decay = scales[0]
+    if block.foreach and isinstance(factor, float) and isinstance(decay, float) and set(scales) == {scales[0]}:
+        if factor == 1 and decay == 0:
+            return gs
+        xs = torch._foreach_mul(gs, factor)
+        torch._foreach_add_(xs, ps, alpha=decay)
+        return list(xs)
+    return [
+        g if scale == (1.0, 0.0) else g * scale[0] + p * scale[1] for g, p, scale in zip(gs, ps, scales, strict=True)
+    ]
 
 
-def _dots(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    return [dot(x, y) for x, y in zip(xs, ys, strict=True)]
+def _dots(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> Tensor:
+    """Parts of the sum of <x, y>, one for each pair, in float64; only their sum matters to those who share scalars."""
+    if not foreach:
+        return torch.stack([dot(x, y) for x, y in zip(xs, ys, strict=True)])
+    wide = wide_dtype(xs[0].device)
+    if xs is ys:
+        return torch.stack(torch._foreach_norm(xs, dtype=wide)).square_()
+    # One reduction over everything instead of one for each pair: on a GPU launches cost more than the copy.
+    products = torch.cat([z.flatten() for z in torch._foreach_mul(xs, ys)])
+    parts = torch.zeros(len(xs), dtype=wide, device=xs[0].device)
+    parts[0] = products.sum(dtype=wide)
+    return parts
 
 
 def _minus(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> list[Tensor]:
@@ -139,6 +151,15 @@ def _scale(xs: list[Tensor], factor: Tensor, foreach: bool) -> None:
         return
     for x in xs:
         x.mul_(factor)
+
+
+def _subtract(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> None:
+    """x <- x - y."""
+    if foreach:
+        torch._foreach_sub_(xs, ys)
+        return
+    for x, y in zip(xs, ys, strict=True):
+        x.sub_(y)
 
 
 def _add(xs: list[Tensor], ys: list[Tensor], factor: Tensor, foreach: bool) -> None:

@@ -267,7 +267,7 @@ class NLCG(Optimizer):
         rho, gg, gd, dd = (self._pool(self._last[name]) for name in ("rho", "gg", "gd", "dd"))
         shown = {name: self._last[name] for name in ("beta", "base_lr", "ys", "shs", "skipped")}
         shown |= {"rho": rho, "cosine": ratio(-gd, namespace(gg).sqrt(gg * dd))}
-        values = {name: torch.as_tensor(value) for name, value in shown.items()}
+        values = {n: value if isinstance(value, Tensor) else torch.tensor(value) for n, value in shown.items()}
         if self.scope == "global":
             return {name: value if value.ndim == 0 else value[0] for name, value in values.items()}
         return values
@@ -299,7 +299,7 @@ class NLCG(Optimizer):
     def _step(self, loss: Tensor | float | None) -> None:
         passes, table = self._passes, self._scalar_table()
         xp = namespace(table)
-        old = Scalars(*(table if self._rows is None else table[self._rows]).T)
+        old = Scalars(*table[self._rows].T)
         first = old.step == 0
         lr = self._per_parameter("lr")
 
@@ -397,13 +397,12 @@ class NLCG(Optimizer):
     def _finish(self, table: Array, new: Scalars, finite: Array) -> None:
         """Write the scalars of a finite step; count one that is not."""
         xp = namespace(table)
-        rows = slice(None) if self._rows is None else self._rows
         if self._passes.on_host and finite:
-            table[rows] = xp.stack(new, 1)
+            table[self._rows] = xp.stack(new, 1)
             return
-        old = Scalars(*table[rows].T)
+        old = Scalars(*table[self._rows].T)
         counted = old._replace(skipped=old.skipped + 1)
-        table[rows] = xp.where(finite, xp.stack(new, 1), xp.stack(counted, 1))
+        table[self._rows] = xp.where(finite, xp.stack(new, 1), xp.stack(counted, 1))
 
     # Scalars per parameter ---------------------------------------------------------------------------------------------
 
@@ -513,9 +512,6 @@ class NLCG(Optimizer):
             raise RuntimeError(f"NLCG: all parameters must be on one device, got {', '.join(devices)}")
         self._follow(active[0].device)
         order = {p: i for i, p in enumerate(everything)}
-        device = self._table.device
-        rows = torch.tensor([order[p] for p in active], device=device)
-        self._rows = None if len(active) == len(everything) else rows
         self._active_groups = [group for group, _ in work]
         self._indices = []
         self._spans: list[slice] = []
@@ -528,6 +524,10 @@ class NLCG(Optimizer):
             blocks += self._blocks(group, params)
         self._active = active
         self._passes = self._choose_passes(blocks)
+        rows = torch.tensor([order[p] for p in active])
+        self._rows: Array = rows.numpy() if self._passes.on_host else rows.to(self._table.device)
+        if len(active) == len(everything):
+            self._rows = slice(None)
 
     def _blocks(self, group: Group, params: list[Tensor]) -> Iterable[Block]:
         """Runs of neighbouring *params* with one type; single tensors if each has its own scalars."""
