@@ -41,7 +41,8 @@ class Feed:
         self._targets = split.targets.to(device)
         self._augment = augment
         self._random = random and augment is not None and bool(augment.pad or augment.flip or augment.cutout)
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        images = split.inputs.ndim == 4
+        self._layout = torch.channels_last if channels_last and images else torch.contiguous_format
         if augment is not None and not self._random and 4 * self._inputs.numel() <= _STANDARDISE_AT_ONCE:
             self._inputs = augment(self._inputs, train=False)
             self._augment = None

@@ -45,9 +45,7 @@ class Checkpoints:
             # torch reports failed writes of its archive as RuntimeError.
             write_aside(self.folder / f"step-{step:08}.pt", lambda file: torch.save(state, file), add_checksum=True)
         except (OSError, RuntimeError) as error:
-            kept = self.paths()
-            newest = f"the newest is still {kept[-1].name}" if kept else "there is none yet"
-            warnings.warn(f"no checkpoint of step {step} could be written ({error}); {newest}", stacklevel=2)
+            warnings.warn(f"no checkpoint of step {step} could be written ({error}); {self.describe()}", stacklevel=2)
             return False
         for path in self.paths()[: -self._keep]:
             path.unlink(missing_ok=True)
@@ -73,6 +71,11 @@ class Checkpoints:
         if damaged:
             raise CorruptFile(f"no checkpoint can be read: {'; '.join(damaged)}")
         return None
+
+    def describe(self) -> str:
+        """Which the newest one is, for messages."""
+        kept = self.paths()
+        return f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
 
     def clean(self) -> None:
         """Remove what a killed process may have left half written."""

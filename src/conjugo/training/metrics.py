@@ -70,14 +70,15 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 class Display:
-    """A progress bar on standard error: steps, time left, and the last evaluation. Silent unless *show*.
+    """A progress bar on standard error: steps, time left, and what the last evaluation said.
 
-    show: None: if standard error is a terminal.
+    steps: in all; done: of them, before this session. show: None: if standard error is a terminal.
     """
 
-    def __init__(self, steps: int, *, show: bool | None = None) -> None:
+    def __init__(self, steps: int, *, done: int = 0, show: bool | None = None) -> None:
         self._show = sys.stderr.isatty() if show is None else show
         self._steps = steps
+        self._done = done
         self._bar: Any = None
         self._task: Any = None
 
@@ -99,7 +100,7 @@ class Display:
             TextColumn("left"),
             console=Console(stderr=True),
         )
-        self._task = self._bar.add_task("", total=self._steps, status="")
+        self._task = self._bar.add_task("", total=self._steps, completed=self._done, status="")
         self._bar.start()
 
     def __exit__(

@@ -68,9 +68,8 @@ def train(
     config = replace(config, data=data.name)
     with isolated(config):
         trainer = Trainer(config, data)
-        run = None if out is None else RunDirectory(out, config, resume=resume)
-        with Display(trainer.steps, show=progress) as display:
-            return trainer.fit(run, display, stop_on_divergence=stop_on_divergence)
+        run = None if out is None else RunDirectory(Path(out), config, resume=resume)
+        return trainer.fit(run, progress=progress, stop_on_divergence=stop_on_divergence)
 
 
 class Trainer:
@@ -91,26 +90,18 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         name = config.model or models.default_for(data)
-        model = models.build(name, input_shape=data.input_shape, num_classes=data.num_classes)
-        convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
-        channels_last = convolutional if config.channels_last is None else config.channels_last
-        self.model = model.to(
-            self.device, memory_format=torch.channels_last if channels_last else torch.preserve_format
-        )
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.model = models.build(name, input_shape=data.input_shape, num_classes=data.num_classes).to(self.device)
+        convolutional = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
+        self.channels_last = convolutional if config.channels_last is None else config.channels_last
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         wanted = {"float32": False, "bfloat16": True, "auto": convolutional and pays_bfloat16(self.device)}
         self.bfloat16 = wanted[config.precision]
+        self.forward = torch.compile(self.model) if config.compile else self.model
 
         augment = datasets.default_augment(data) if data.kind == "image" else None
-        self.train_data = Feed(
-            data.train,
-            augment,
-            random=config.augment,
-            device=self.device,
-            channels_last=channels_last,
-            seed=config.seed,
-        )
-        self.test_data = Feed(data.test, augment, random=False, device=self.device, channels_last=channels_last)
+        self.train_data = self._feed(data.train, augment, random=config.augment)
+        self.test_data = self._feed(data.test, augment, random=False)
         self.sampler = GlobalBatchSampler(n, batch_size, seed=config.seed)
 
         self.optimizer = _optimizer(config, self.model)
@@ -130,6 +121,16 @@ class Trainer:
         self.loss_steps = 0
         self.history: list[Record] = []
 
+    def _feed(self, split: datasets.Split, augment: datasets.Augment | None, *, random: bool) -> Feed:
+        return Feed(
+            split,
+            augment,
+            random=random,
+            device=self.device,
+            channels_last=self.channels_last,
+            seed=self.config.seed,
+        )
+
     # One step --------------------------------------------------------------------------------------------------------
 
     def train_step(self) -> None:
@@ -144,13 +145,13 @@ class Trainer:
             # NaN for a loss that is not finite: then all gradients are NaN, and no optimizer moves.
             torch.autograd.backward(loss, weight + 0.0 * loss.detach())
             batch_loss += weight * loss.detach()
+        self.step += 1
+        self.loss_sum += batch_loss
+        self.loss_steps += 1
         self.guard.step(batch_loss)
         self.schedule.step()
         if self.ema is not None:
             self.ema.update()
-        self.loss_sum += batch_loss
-        self.loss_steps += 1
-        self.step += 1
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of a batch (0-d, float32)."""
@@ -164,20 +165,28 @@ class Trainer:
 
     # The loop --------------------------------------------------------------------------------------------------------
 
-    def fit(self, run: RunDirectory | None, display: Display, *, stop_on_divergence: bool = True) -> TrainResult:
-        """Train to the end, from wherever the run stands, with evaluations and checkpoints in between."""
+    def fit(
+        self, run: RunDirectory | None = None, *, progress: bool | None = None, stop_on_divergence: bool = True
+    ) -> TrainResult:
+        """Train to the end, with evaluations and checkpoints in between; *run*: go on from where it stands.
+
+        Arguments and exceptions as those of :func:`train`.
+        """
         if run is not None and (state := run.restore()) is not None:
             self.load_state_dict(state)
-        with nullcontext(_never) if run is None else held_interrupt() as interrupted:
+        with (
+            Display(self.steps, done=self.step, show=progress) as display,
+            nullcontext(_never) if run is None else held_interrupt() as interrupted,
+        ):
+            diverged = False
             try:
                 self._loop(run, display, interrupted)
             except TrainingDiverged as error:
                 if stop_on_divergence:
-                    raise TrainingDiverged(f"step {self.step}: {error}") from None
-                self._evaluate(run, display)
+                    kept = "" if run is None else f"; {run.checkpoints.describe()}"
+                    raise TrainingDiverged(f"step {self.step}: {error}{kept}") from None
                 diverged = True
-            else:
-                diverged = False
+                self._evaluate(run, display)
         result = self.result(diverged=diverged)
         if run is not None:
             run.finish(result)
@@ -192,9 +201,11 @@ class Trainer:
                 display.at(self.step)
                 if self.step in evaluate_at:
                     self._evaluate(run, display)
-                if run is not None and (self.step in save_at or interrupted()):
-                    self._save(run)
-                if interrupted():
+                stop = interrupted()
+                if run is not None and (stop or self.step in save_at):
+                    with self.clock.paused():
+                        run.checkpoints.save(self.step, self.state_dict())
+                if stop:
                     raise KeyboardInterrupt
 
     def _evaluate(self, run: RunDirectory | None, display: Display) -> None:
@@ -203,10 +214,6 @@ class Trainer:
             display.evaluated(self.history[-1])
             if run is not None:
                 run.record(self.history)
-
-    def _save(self, run: RunDirectory) -> None:
-        with self.clock.paused():
-            run.checkpoints.save(self.step, self.state_dict())
 
     # What the run shows ----------------------------------------------------------------------------------------------
 

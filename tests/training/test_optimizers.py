@@ -1,0 +1,125 @@
+"""The catalogue: every name builds, trains, and says truthfully what is worth tuning."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from conjugo.errors import UnknownName
+from conjugo.training import optimizers
+from conjugo.training.optimizers import build, entry, names
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([[2.0, -1.0], [0.5, 1.5]]))
+
+
+def test_the_names():
+    assert set(names()) == {
+        "nlcg",
+        "nlcg-step",
+        "nlcg-fr",
+        "nlcg-pr",
+        "sgd",
+        "momentum",
+        "nesterov",
+        "adamw",
+        "rmsprop",
+        "lars",
+        "lamb",
+    }
+
+
+@pytest.mark.parametrize("name", names())
+def test_each_one_lowers_a_loss(name):
+    w = parameter()
+    optimizer = build(name, [w])
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (w.square() * torch.tensor([1.0, 3.0])).sum() / 2
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step(**({"loss": loss.detach()} if entry(name).needs_loss else {}))
+    assert losses[-1] < 0.99 * losses[0]
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_is_tuned_exists_and_both_ends_are_valid(name):
+    item = entry(name)
+    assert item.lr_range[0] <= item.lr <= item.lr_range[1]
+    for lr in item.lr_range:
+        assert build(name, [parameter()], lr=lr).param_groups[0]["lr"] == lr
+    if item.second is not None:
+        assert not item.second.log or item.second.low > 0
+        for value in (item.second.low, item.second.high):
+            group = build(name, [parameter()], **{item.second.name: value}).param_groups[0]
+            assert group["betas"][0] == value if item.second.name == "beta1" else group[item.second.name] == value
+
+
+def test_the_default_learning_rate_is_that_of_the_catalogue():
+    for name in names():
+        assert build(name, [parameter()]).param_groups[0]["lr"] == entry(name).lr
+
+
+def test_fixed_options_and_what_overrides_them():
+    group = build("rmsprop", [parameter()]).param_groups[0]
+    assert (group["alpha"], group["momentum"], group["eps"]) == (0.9, 0.9, 1.0)
+    assert build("rmsprop", [parameter()], eps=1e-8).param_groups[0]["eps"] == 1e-8
+    assert build("nesterov", [parameter()]).param_groups[0]["nesterov"] is True
+    assert build("sgd", [parameter()]).param_groups[0]["momentum"] == 0
+    nlcg = build("nlcg-pr", [parameter()])
+    assert nlcg.rule == "pr"
+
+
+def test_scalar_betas_change_only_their_part():
+    assert build("adamw", [parameter()], beta1=0.8).param_groups[0]["betas"] == (0.8, 0.999)
+    assert build("lamb", [parameter()], beta2=0.95).param_groups[0]["betas"] == (0.9, 0.95)
+    assert build("adamw", [parameter()], betas=(0.5, 0.6), beta1=0.7).param_groups[0]["betas"] == (0.7, 0.6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adamw"])
+def test_torch_s_own_are_fused(name):
+    assert build(name, [parameter()]).param_groups[0]["fused"] is True
+    assert build(name, [parameter()], fused=False).param_groups[0]["fused"] is False
+
+
+@pytest.mark.parametrize("name", ["nlcg", "adamw", "lars"])
+def test_parameter_groups_and_generators(name):
+    model = nn.Linear(3, 2)
+    groups = [{"params": (p for p in [model.weight])}, {"params": model.bias, "weight_decay": 0.0}]
+    optimizer = build(name, groups, weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [(2, 3), (2,)]
+    assert len(build(name, model.parameters()).param_groups[0]["params"]) == 2
+
+
+def test_only_the_line_search_needs_the_loss():
+    assert [name for name in names() if entry(name).needs_loss] == ["nlcg-step"]
+    w = parameter()
+    w.sum().backward()
+    with pytest.raises(ValueError, match="loss"):
+        build("nlcg-step", [w]).step()
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(UnknownName, match="unknown optimizer 'adam'; did you mean 'adamw'"):
+        entry("adam")
+    with pytest.raises(UnknownName, match="'momentun'; did you mean 'momentum'"):
+        build("sgd", [parameter()], momentun=0.9)
+    with pytest.raises(UnknownName, match="option of optimizer 'sgd' 'beta1'"):
+        build("sgd", [parameter()], beta1=0.9)
+
+
+def test_bad_values_are_refused_by_the_optimizer():
+    with pytest.raises(ValueError, match="beta_max"):
+        build("nlcg", [parameter()], beta_max=2.0)
+    with pytest.raises(ValueError, match="momentum"):
+        build("lars", [parameter()], momentum=1.0)
+
+
+def test_options_of_the_catalogue_are_options_of_the_optimizer():
+    for name in names():
+        item = optimizers.entry(name)
+        assert set(item.options) <= set(inspect.signature(item.factory).parameters)
