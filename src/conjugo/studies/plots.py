@@ -1,0 +1,300 @@
+"""Plots of a comparison as matplotlib figures, and figures as SVG (for dark and light pages) or PNG.
+
+Lines carry their names at their ends. The colours are Okabe and Ito's for colour-blind readers, the light ones darkened
+until they stand out from a white and from a black page; markers double them. An optimizer looks the same in all plots.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from conjugo.studies import summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from conjugo.studies.results import CellResult, CompareResult
+
+__all__ = ["Style", "accuracy", "batch_colors", "inline_svg", "learning_curves", "png", "steps_to_target", "styles", "svg", "tuning"]
+
+INK = "#010203"
+"""Colour of text and axes: replaced by the page's own text colour in :func:`inline_svg`, practically black elsewhere."""
+
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#B8699A", "#B07A00", "#2F8FC0", "#7A7A7A", "#7A5FC0")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDE = (5.2, 3.6)
+SMALL = (4.4, 3.0)
+
+
+class Style(NamedTuple):
+    """How an optimizer is drawn, everywhere."""
+
+    color: str
+    marker: str
+
+
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """A colour and a marker for each name; from the ninth on colours come again with other markers."""
+    n = len(COLORS)
+    return {name: Style(COLORS[i % n], MARKERS[(i + i // n) % n]) for i, name in enumerate(names)}
+
+
+# ---- the plots ----
+
+
+def accuracy(result: CompareResult) -> Figure:
+    """Test accuracy against batch size, mean and standard deviation over the fresh seeds."""
+    with _axes(WIDE) as axes:
+        ends = []
+        for i, (name, style) in enumerate(styles(result.config.optimizers).items()):
+            mine = [row for row in summary.rows(result) if row.optimizer == name]
+            # A slight horizontal shift keeps the error bars of different optimizers apart.
+            shift = 2 ** (0.04 * (i - (len(result.config.optimizers) - 1) / 2))
+            axes.errorbar(
+                [row.batch_size * shift for row in mine],
+                [100 * row.accuracy for row in mine],
+                yerr=[100 * row.sd if row.seeds > 1 else 0 for row in mine],
+                color=style.color,
+                marker=style.marker,
+                capsize=2,
+                elinewidth=1,
+            )
+            ends += [_End(name, row.batch_size * shift, 100 * row.accuracy, style.color) for row in mine[-1:]]
+        _batch_axis(axes, result)
+        axes.set_ylabel("test accuracy (%)")
+        _label(axes, ends)
+        return _figure(axes)
+
+
+def steps_to_target(result: CompareResult) -> Figure:
+    """Median steps to the target accuracy against batch size; where it is not reached there is no point."""
+    with _axes(WIDE) as axes:
+        ends = []
+        for name, style in styles(result.config.optimizers).items():
+            points = [
+                (row.batch_size, row.steps_to_target)
+                for row in summary.rows(result)
+                if row.optimizer == name and row.steps_to_target is not None
+            ]
+            axes.plot(*zip(*points), color=style.color, marker=style.marker) if points else None
+            ends += [_End(name, *points[-1], style.color)] if points else []
+        _batch_axis(axes, result)
+        axes.set_ylabel(f"steps to {summary.percent(result.target)} %")
+        if ends:
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        else:
+            axes.text(0.5, 0.5, "no optimizer reached the target", ha="center", transform=axes.transAxes)
+        _label(axes, ends)
+        return _figure(axes)
+
+
+def learning_curves(result: CompareResult, batch_size: int) -> Figure:
+    """Test accuracy against steps at one batch size: median of the fresh seeds, their range shaded; dotted: the target."""
+    with _axes(SMALL) as axes:
+        ends = []
+        look = styles(result.config.optimizers)
+        for cell in result.cells:
+            if cell.batch_size != batch_size or not cell.complete:
+                continue
+            color = look[cell.contender.name].color
+            steps, values = _common_points(cell)
+            axes.plot(steps, np.median(values, axis=0), color=color, linewidth=1.4)
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+            ends += [_End(cell.contender.name, steps[-1], float(np.median(values[:, -1])), color)] if steps else []
+        axes.axhline(100 * result.target, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("steps")
+        axes.set_ylabel("test accuracy (%)")
+        _label(axes, ends)
+        return _figure(axes)
+
+
+def _common_points(cell: CellResult) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float64]]]:
+    """Steps at which every fresh seed was evaluated (a run that diverged stops early), and percent [seeds, steps]."""
+    curves = [dict(run.outcome.curve) for run in cell.finals]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return steps, 100 * np.array([[curve[step] for step in steps] for curve in curves])
+
+
+def tuning(result: CompareResult, name: str) -> Figure:
+    """All trials of one optimizer: validation accuracy against learning rate, in the colour of their batch size.
+
+    The chosen setting of each batch size is large.
+    """
+    with _axes(SMALL) as axes:
+        colors = batch_colors(result)
+        for cell in result.cells:
+            if cell.contender.name != name or not cell.trials:
+                continue
+            axes.scatter(
+                [run.task.lr for run in cell.trials],
+                [100 * run.outcome.accuracy for run in cell.trials],
+                s=[70 if run.task == cell.best else 18 for run in cell.trials],
+                color=colors[cell.batch_size],
+                edgecolors=[INK if run.task == cell.best else "none" for run in cell.trials],
+                linewidths=0.8,
+                alpha=0.9,
+            )
+            lr = cell.contender.axes[0]
+            axes.set_xscale("log")
+            axes.set_xlim(lr.low * 0.8, lr.high * 1.25)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("validation accuracy (%)")
+        return _figure(axes)
+
+
+def batch_colors(result: CompareResult) -> Mapping[int, str]:
+    """The colour of each batch size in :func:`tuning`, as hexadecimal: the larger, the redder."""
+    import matplotlib as mpl
+    from matplotlib.colors import to_hex
+
+    sizes = result.batch_sizes
+    return {size: to_hex(mpl.colormaps["plasma"](0.05 + 0.65 * i / max(1, len(sizes) - 1))) for i, size in enumerate(sizes)}
+
+
+# ---- what they have in common ----
+
+
+@contextmanager
+def _axes(size: tuple[float, float]) -> Iterator[Axes]:
+    """Empty axes in the house style."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'conjugo[study]'") from error
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "axes.linewidth": 0.7,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#808080",
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 5.5,
+    }
+    with mpl.rc_context(settings):
+        yield Figure(figsize=size, layout="constrained").add_subplot()
+
+
+def _figure(axes: Axes) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def _batch_axis(axes: Axes, result: CompareResult) -> None:
+    sizes = result.batch_sizes
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
+    axes.minorticks_off()
+    axes.set_xlabel("batch size")
+
+
+class _End(NamedTuple):
+    """Where a line ends, in data coordinates, and what it is called."""
+
+    name: str
+    x: float
+    y: float
+    color: str
+
+
+def _label(axes: Axes, ends: Sequence[_End]) -> None:
+    """Write the names to the right of the axes, at the height of the ends of their lines, as close as they can be read.
+
+    Call it when the limits of the axes are final.
+    """
+    axes.autoscale_view()
+    to_axes = axes.transScale + axes.transLimits
+    ordered = sorted(ends, key=lambda end: end.y)
+    heights = spread([float(to_axes.transform((end.x, end.y))[1]) for end in ordered], gap=0.068)
+    for end, height in zip(ordered, heights):
+        axes.annotate(
+            end.name,
+            xy=(end.x, end.y),
+            xytext=(1.06, height),
+            textcoords="axes fraction",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4},
+        )
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Ascending *positions* moved as little as possible (least squares) until neighbours are at least *gap* apart.
+
+    >>> spread([0.0, 0.0, 1.0], gap=0.25)
+    [-0.125, 0.125, 1.0]
+    """
+    # Positions less i * gap have to ascend: isotonic regression, by pooling adjacent violators.
+    pools: list[list[float]] = []
+    for i, position in enumerate(positions):
+        pools.append([position - i * gap])
+        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [level + i * gap for i, level in enumerate(_mean(pool) for pool in pools for _ in pool)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+# ---- files and page elements ----
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> str:
+    """*figure* as an SVG element for an HTML page: text in the page's colour and font, described by *label*.
+
+    name: makes its ids unique on the page.
+    """
+    from html import escape
+
+    text = svg(figure, name)
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # one rule for all elements of the page
+    text = re.sub(r"(?<=px )'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    # Without width and height: the width is the page's affair, the height follows from the viewBox.
+    start = f'<svg {box.group()} role="img" aria-label="{escape(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return re.sub(r"^<svg[^>]*>", lambda _: start, text)
+
+
+def svg(figure: Figure, name: str, *, background: str = "none") -> str:
+    """*figure* as an SVG file; equal figures with equal names give equal files."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", facecolor=background, metadata=metadata)
+    return buffer.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    """*figure* as PNG on white, 200 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white")
+    return buffer.getvalue()
