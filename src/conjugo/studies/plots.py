@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
     from conjugo.studies.results import CellResult, CompareResult
 
-__all__ = ["Style", "accuracy", "batch_colors", "inline_svg", "learning_curves", "png", "steps_to_target", "styles", "svg", "tuning"]
+__all__ = [
+    "Style",
+    "accuracy",
+    "batch_colors",
+    "inline_svg",
+    "learning_curves",
+    "png",
+    "steps_to_target",
+    "styles",
+    "svg",
+    "tuning",
+]
 
 INK = "#010203"
 """Colour of text and axes: replaced by the page's own text colour in :func:`inline_svg`, practically black elsewhere."""
@@ -158,7 +169,9 @@ def batch_colors(result: CompareResult) -> Mapping[int, str]:
     from matplotlib.colors import to_hex
 
     sizes = result.batch_sizes
-    return {size: to_hex(mpl.colormaps["plasma"](0.05 + 0.65 * i / max(1, len(sizes) - 1))) for i, size in enumerate(sizes)}
+    return {
+        size: to_hex(mpl.colormaps["plasma"](0.05 + 0.65 * i / max(1, len(sizes) - 1))) for i, size in enumerate(sizes)
+    }
 
 
 # ---- what they have in common ----

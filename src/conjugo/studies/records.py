@@ -45,7 +45,9 @@ class Task:
         return (self.lr,) if self.second is None else (self.lr, self.second)
 
     def __str__(self) -> str:
-        return f"{self.contender}, batch {self.batch_size}, {self.phase} {self.index}, seed {self.seed}, lr {self.lr:.4g}"
+        return (
+            f"{self.contender}, batch {self.batch_size}, {self.phase} {self.index}, seed {self.seed}, lr {self.lr:.4g}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,9 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

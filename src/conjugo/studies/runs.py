@@ -73,7 +73,9 @@ def tuning_data(dataset: Dataset, validation: float, seed: int) -> Dataset:
     """*dataset* as tuning sees it: a random *validation* part of the training data takes the place of the test split."""
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(seed))
     held_out = round(validation * len(order))
-    check(0 < held_out < len(order), "compare", "validation", validation, "a fraction that leaves examples on both sides")
+    check(
+        0 < held_out < len(order), "compare", "validation", validation, "a fraction that leaves examples on both sides"
+    )
     parts = [
         replace(dataset.train, inputs=dataset.train.inputs[part], targets=dataset.train.targets[part])
         for part in (order[held_out:], order[:held_out])

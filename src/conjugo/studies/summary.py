@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,32 @@ if TYPE_CHECKING:
 
     from conjugo.studies.results import CellResult, CompareResult
 
-__all__ = ["LOSS_ALLOWED", "Row", "csv_text", "headline", "largest_batches", "percent", "rows", "scaling", "tables"]
+__all__ = [
+    "LOSS_ALLOWED",
+    "MARKS",
+    "SIGNIFICANT",
+    "Row",
+    "batch_name",
+    "batches",
+    "csv_text",
+    "headline",
+    "largest_batches",
+    "p_text",
+    "percent",
+    "plural",
+    "rows",
+    "scaling",
+    "tables",
+]
 
 LOSS_ALLOWED = 0.01
 """How much accuracy (one point) may be lost against the best at the smallest batch for a batch to count as reachable."""
 
 SIGNIFICANT = 0.05
+"""p-values below this are called significant."""
+
+MARKS = {"better": "▲", "worse": "▼", "": ""}
+"""For the verdicts of rows, in tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +82,13 @@ class Row:
     steps: int
     samples: int
     seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` than the baseline where the difference is significant, else empty."""
+        if self.gain is None or self.p_baseline is None or self.p_baseline >= SIGNIFICANT:
+            return ""
+        return "better" if self.gain > 0 else "worse"
 
 
 def rows(result: CompareResult) -> list[Row]:
@@ -141,13 +168,13 @@ def headline(result: CompareResult) -> str:
     largest = max(row.batch_size for row in finished)
     ranking = sorted((row for row in finished if row.batch_size == largest), key=lambda row: -row.accuracy)
     best, baseline = ranking[0], result.config.baseline
-    text = f"At {batch_name(result, largest)} ({_plural(best.steps, 'step')}) {best.optimizer} is best"
+    text = f"At {batch_name(result, largest)} ({plural(best.steps, 'step')}) {best.optimizer} is best"
     text += f" with {percent(best.accuracy, best.sd)} % test accuracy"
     if best.gain is not None:
-        text += f", {percent(best.gain)} points above tuned {baseline} (p {_compared(best.p_baseline)})"
+        text += f", {percent(best.gain)} points above tuned {baseline} ({_sureness(best.p_baseline)})"
     elif len(ranking) > 1:
         text += f", {percent(best.accuracy - ranking[1].accuracy)} points above {ranking[1].optimizer}"
-        text += f" (p {_compared(best.p_rival)})"
+        text += f" ({_sureness(best.p_rival)})"
     return text + "."
 
 
@@ -193,13 +220,16 @@ def _reference(finished: Sequence[Row]) -> float:
     return max(row.accuracy for row in finished if row.batch_size == smallest)
 
 
-def _plural(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
+    """``1 step``, ``1,347 steps``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _compared(p: float | None) -> str:
+def _sureness(p: float | None) -> str:
+    if p is None:
+        return "too few seeds to say how surely"
     text = p_text(p)
-    return "not defined" if p is None else text if text.startswith("<") else f"= {text}"
+    return f"p {text if text.startswith('<') else f'= {text}'}{'' if p < SIGNIFICANT else ', not significant'}"
 
 
 def _listed(items: Sequence[str], *, last: str = "and") -> str:
@@ -219,40 +249,69 @@ def csv_text(result: CompareResult) -> str:
 
 
 def tables(result: CompareResult) -> list[RenderableType]:
-    """For the terminal: accuracy by optimizer and batch, and steps to the target."""
+    """For the terminal: accuracy, steps to the target and the tuned settings, by optimizer and batch."""
+    finished = rows(result)
+    best = {batch: max(row.accuracy for row in finished if row.batch_size == batch) for batch in batches(finished)}
+
+    def accuracy(row: Row) -> str:
+        text = percent(row.accuracy) + (f" ±{100 * row.sd:.1f}" if row.seeds > 1 else "")
+        text = f"[bold green]{text}[/]" if row.accuracy == best[row.batch_size] else text
+        return f"{text} {MARKS[row.verdict] or ' '}"
+
+    def steps(row: Row) -> str:
+        return f"{row.steps_to_target:,.0f}" if row.steps_to_target is not None else "[dim]not reached[/]"
+
+    def setting(row: Row) -> str:
+        second = "" if row.second is None else f", {row.second:.3g}"
+        return f"{row.lr:.2g}{second}{'*' if row.edges else ''}"
+
+    seconds = {row.optimizer: row.second_name for row in finished if row.second_name is not None}
+    tuned = {
+        name: f"{name} (lr, {seconds[name]})" if name in seconds else f"{name} (lr)"
+        for name in result.config.optimizers
+    }
+    baseline = result.config.baseline
+    return [
+        _matrix(
+            "Test accuracy (%) by batch size",
+            f"Mean ± sd of {plural(result.config.seeds, 'fresh seed')}, best of each batch in green. "
+            f"{MARKS['better']} {MARKS['worse']} significantly above or below {baseline} (Welch's test, p < {SIGNIFICANT}).",
+            result,
+            accuracy,
+        ),
+        _matrix(f"Steps to {percent(result.target)} % test accuracy", "Median of the seeds.", result, steps),
+        _matrix("Tuned settings", "* at the edge of the range that was searched.", result, setting, tuned),
+    ]
+
+
+def _matrix(
+    title: str,
+    caption: str,
+    result: CompareResult,
+    cell: Callable[[Row], str],
+    names: Mapping[str, str] | None = None,
+) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    finished = rows(result)
-    by_cell = {(row.optimizer, row.batch_size): row for row in finished}
-    best = {batch: max(r.accuracy for r in finished if r.batch_size == batch) for batch in {r.batch_size for r in finished}}
-
-    def matrix(title: str, caption: str) -> Table:
-        table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_style="bold", caption_justify="left")
-        table.add_column("")
-        for batch in result.batch_sizes:
-            table.add_column(str(batch), justify="right", no_wrap=True)
-        return table
-
-    def accuracy(row: Row | None) -> str:
-        if row is None:
-            return "–"
-        text = percent(row.accuracy) + (f"±{100 * row.sd:.1f}" if row.seeds > 1 else "")
-        text += "*" if row.edges else ""
-        return f"[bold green]{text}[/]" if row.accuracy == best[row.batch_size] else text
-
-    def steps(row: Row | None) -> str:
-        if row is None:
-            return "–"
-        return f"{row.steps_to_target:,.0f}" if row.steps_to_target is not None else "not reached"
-
-    seeds = result.config.seeds
-    first = matrix(
-        "Test accuracy (%) by batch size",
-        f"mean ± sd of {_plural(seeds, 'fresh seed')}; best of each batch in bold; * optimum at the edge of the searched range",
+    by_cell = {(row.optimizer, row.batch_size): row for row in rows(result)}
+    table = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
     )
-    second = matrix(f"Steps to {percent(result.target)} % test accuracy", "median")
+    table.add_column("")
+    for batch in result.batch_sizes:
+        table.add_column(batch_name(result, batch, short=True), justify="right", no_wrap=True)
     for name in result.config.optimizers:
-        for table, cell in ((first, accuracy), (second, steps)):
-            table.add_row(name, *(cell(by_cell.get((name, batch))) for batch in result.batch_sizes))
-    return [first, second]
+        mine = [by_cell.get((name, batch)) for batch in result.batch_sizes]
+        table.add_row(names[name] if names else name, *("–" if row is None else cell(row) for row in mine))
+    return table
+
+
+def batches(finished: Sequence[Row]) -> list[int]:
+    """The batch sizes of *finished*, ascending."""
+    return sorted({row.batch_size for row in finished})

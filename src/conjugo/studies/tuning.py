@@ -93,7 +93,9 @@ class StudyFile:
         """Bring study *name* up to date with all trials of its cell so far; what is already there stays."""
         if self._storage is None:
             return
-        study = _optuna().create_study(study_name=name, storage=self._storage, direction="maximize", load_if_exists=True)
+        study = _optuna().create_study(
+            study_name=name, storage=self._storage, direction="maximize", load_if_exists=True
+        )
         for setting, score in tried[len(study.trials) :]:
             study.add_trial(_trial(axes, setting, score))
 

@@ -1,0 +1,351 @@
+"""The report of a comparison: plots as files, and one HTML page that needs nothing else.
+
+The page reads on a phone, in dark mode and on paper; its frame and style are in report.html.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from conjugo.studies import plots, summary
+from conjugo.studies.records import write_aside
+from conjugo.studies.summary import Row, batch_name, batches, percent, plural
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from conjugo.studies.results import CompareResult
+
+__all__ = ["page", "write", "write_plots"]
+
+
+def write(result: CompareResult, path: Path) -> None:
+    """Write the page to *path*."""
+    write_aside(Path(path), page(result))
+
+
+def write_plots(result: CompareResult, out: Path) -> None:
+    """Write accuracy and steps_to_target, each as .png and .svg, into folder *out*."""
+    for name, draw in (("accuracy", plots.accuracy), ("steps_to_target", plots.steps_to_target)):
+        write_aside(Path(out) / f"{name}.png", plots.png(draw(result)))
+        write_aside(Path(out) / f"{name}.svg", plots.svg(draw(result), name, background="white"))
+
+
+def page(result: CompareResult) -> str:
+    """The whole page; equal results give equal pages."""
+    template = Template(resources.files("conjugo.studies").joinpath("report.html").read_text(encoding="utf-8"))
+    sections = (_problems, _accuracy, _steps, _curves, _settings, _protocol, _configuration)
+    main = "\n".join(section(result) for section in sections)
+    title = f"Optimizers over batch sizes on {result.config.train.data}"
+    return template.substitute(
+        title=escape(title), body=f"{_header(result, title)}\n<main>\n{main}\n</main>\n{_footer(result)}"
+    )
+
+
+# ---- sections ----
+
+
+def _header(result: CompareResult, title: str) -> str:
+    lines = [_paragraph(summary.headline(result), "headline"), _paragraph(summary.scaling(result), "lead")]
+    return f"<header>\n<h1>{escape(title)}</h1>\n{''.join(lines)}</header>"
+
+
+def _footer(result: CompareResult) -> str:
+    hours = sum(run.outcome.seconds for run in result.runs) / 3600
+    spent = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    text = (
+        f"{len(result.runs):,} training runs, {spent} of training in all. Made by conjugo {result.versions['conjugo']}."
+    )
+    return f"<footer>{escape(text)}</footer>"
+
+
+def _problems(result: CompareResult) -> str:
+    if result.complete:
+        return ""
+    missing = [
+        f"{cell.contender.name}, {batch_name(result, cell.batch_size)}: {plural(len(cell.trials), 'trial')} and "
+        f"{plural(len(cell.finals), 'fresh seed')} finished"
+        for cell in result.cells
+        if not cell.complete
+    ]
+    text = "These cells are missing below. Resuming the comparison does what remains to be done."
+    crashes = "".join(f"<pre>{escape(message)}</pre>" for message in result.crashes)
+    return _section("Not finished", _paragraph(text), _list(missing), crashes)
+
+
+def _accuracy(result: CompareResult) -> str:
+    finished = summary.rows(result)
+    best = {batch: max(row.accuracy for row in finished if row.batch_size == batch) for batch in batches(finished)}
+    baseline, seeds = result.config.baseline, result.config.seeds
+
+    def cell(row: Row) -> str:
+        mark = _mark(row, baseline)
+        return _td(percent(row.accuracy, row.sd), mark, kind="best" if row.accuracy == best[row.batch_size] else "")
+
+    note = (
+        f"Mean ± standard deviation over {plural(seeds, 'fresh seed')}; the best of each batch size is shaded. "
+        f"▲ significantly above, ▼ significantly below {baseline} at the same batch size "
+        f"(two-sided Welch test, p < {summary.SIGNIFICANT}, not corrected for the number of comparisons)."
+    )
+    return _section(
+        "Accuracy",
+        _figure(
+            plots.accuracy(result),
+            "accuracy",
+            "Test accuracy against batch size.",
+            f"Mean and standard deviation of {plural(seeds, 'seed')}.",
+            single=True,
+        ),
+        _matrix("Test accuracy in percent", result, cell),
+        _paragraph(note, "note"),
+        _significance(result),
+    )
+
+
+def _significance(result: CompareResult) -> str:
+    baseline = result.config.baseline
+
+    def cell(row: Row) -> str:
+        if row.gain is None:
+            return _td("–", kind="off")
+        return _td(f"{100 * row.gain:+.1f}", f' <span class="off">(p {escape(summary.p_text(row.p_baseline))})</span>')
+
+    others = [name for name in result.config.optimizers if name != baseline]
+    return _matrix(f"Difference to tuned {baseline} in percentage points", result, cell, others) if others else ""
+
+
+def _steps(result: CompareResult) -> str:
+    def cell(row: Row) -> str:
+        if row.steps_to_target is None:
+            return _td("not reached", _reached(row), kind="off")
+        return _td(f"{row.steps_to_target:,.0f}", _reached(row))
+
+    def _reached(row: Row) -> str:
+        return "" if row.reached in (0, row.seeds) else f' <span class="off">({row.reached} of {row.seeds})</span>'
+
+    target = percent(result.target)
+    chosen = (
+        "as asked for"
+        if result.config.target is not None
+        else f"one point below {result.config.baseline} at the smallest batch size"
+    )
+    note = (
+        f"Median of the seeds; “not reached” if the median run does not reach {target} % within the budget; in brackets how "
+        f"many did, where some did. Accuracy is measured {result.config.evaluations} times per run. The target is {chosen}."
+    )
+    caption = "Where a line ends early, the target is not reached at larger batch sizes."
+    return _section(
+        "Steps to target",
+        _figure(
+            plots.steps_to_target(result),
+            "steps",
+            f"Optimizer steps to {target} % test accuracy against batch size.",
+            caption,
+            single=True,
+        ),
+        _matrix(f"Steps to {target} % test accuracy", result, cell),
+        _paragraph(note, "note"),
+    )
+
+
+def _curves(result: CompareResult) -> str:
+    figures = [
+        _figure(
+            plots.learning_curves(result, batch),
+            f"curves-{batch}",
+            f"{batch_name(result, batch).capitalize()}.",
+            "",
+            label=f"Test accuracy against steps at {batch_name(result, batch)}, one line per optimizer",
+        )
+        for batch in batches(summary.rows(result))
+    ]
+    text = (
+        "Median test accuracy of the fresh seeds while they train, their range shaded. The dotted line is the target."
+    )
+    return _section("Learning curves", _paragraph(text), _grid(figures))
+
+
+def _settings(result: CompareResult) -> str:
+    finished = summary.rows(result)
+    header = ("optimizer", "batch size", "learning rate", "second", "usable learning rates", "diverged", "at an edge")
+    body = []
+    for name in result.config.optimizers:
+        for row in (row for row in finished if row.optimizer == name):
+            second = "–" if row.second is None else f"{row.second_name} {row.second:.3g}"
+            octaves = (
+                "–" if row.lr_octaves is None else f"{'≥ ' if row.lr_octaves_open else ''}{row.lr_octaves:.1f} octaves"
+            )
+            diverged = row.diverged_trials + row.diverged_runs
+            cells = [
+                _td(batch_name(result, row.batch_size, short=True)),
+                _td(f"{row.lr:.3g}"),
+                _td(second),
+                _td(octaves),
+                _td(str(diverged)),
+                _td(row.edges or "no", kind="flag" if row.edges else "off"),
+            ]
+            body.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>')
+    edges = sum(bool(row.edges) for row in finished)
+    note = (
+        "Usable learning rates: how far apart (in doublings) the tried learning rates around the best lie that are within two "
+        "points of it; “≥” if they reach an end of what was tried. Diverged: runs whose loss stopped being finite, of all "
+        f"{result.config.trials + result.config.seeds}. At an edge: settings in the outer 5 % of their range; a better one may "
+        "lie outside."
+    )
+    verdict = f"{edges} of {len(finished)} chosen settings lie at an edge of the range that was searched."
+    return _section(
+        "Tuned settings",
+        _paragraph(verdict),
+        _table("What tuning chose", header, body),
+        _paragraph(note, "note"),
+        _tuning_plots(result),
+    )
+
+
+def _tuning_plots(result: CompareResult) -> str:
+    swatch = '<svg viewBox="0 0 10 10" aria-hidden="true"><circle cx="5" cy="5" r="5" fill="{}"/></svg>'
+    legend = "".join(
+        f"<li>{swatch.format(color)}{escape(batch_name(result, batch))}</li>"
+        for batch, color in plots.batch_colors(result).items()
+    )
+    figures = [
+        _figure(
+            plots.tuning(result, name),
+            f"tuning-{name}",
+            f"{name}.",
+            "",
+            label=f"Validation accuracy of the tuning trials of {name} against their learning rate",
+        )
+        for name in result.config.optimizers
+        if any(cell.trials for cell in result.cells if cell.contender.name == name)
+    ]
+    text = "All tuning trials, over the whole range of learning rates that was searched; the chosen ones are large and ringed."
+    return f'{_paragraph(text)}<ul class="swatches">{legend}</ul>{_grid(figures)}' if figures else ""
+
+
+def _protocol(result: CompareResult) -> str:
+    config, train = result.config, result.config.train
+    validation = round(config.validation * result.num_train)
+    items = [
+        f"Budget. Every run processes {train.epochs:g} × {result.num_train:,} training examples, forward and backward, at "
+        "every batch size: larger batches mean fewer steps, and nothing is free. Step counts are rounded to whole steps.",
+        f"Tuning. Each of the {len(result.cells)} cells (an optimizer at a batch size) gets {plural(config.trials, 'trial')}, "
+        "over the learning rate on a logarithmic scale and, where the optimizer has one, its second sensitive hyperparameter. "
+        "The first half of the trials is a scrambled Sobol sequence, the same for all; the second half is proposed by Optuna's "
+        "Gaussian-process sampler.",
+        f"No peeking. Tuning trains on {result.num_train - validation:,} training examples and is judged on the other "
+        f"{validation:,}, after as many steps as a final run takes. It never sees the test split.",
+        "Measurement. The best setting of each cell is trained on all training data with "
+        f"{plural(config.seeds, 'fresh seed')}, which tuning did not use; all accuracies above are of these runs on the test "
+        "split, with the weights at the end.",
+        "Schedules, augmentation, weight decay and initial weights (per seed) are the same for all optimizers.",
+        "Runs that diverge count with the accuracy of the weights they end with.",
+    ]
+    return _section("How it was measured", _list(items))
+
+
+def _configuration(result: CompareResult) -> str:
+    settings = result.config.to_dict()
+    train = settings.pop("train")
+    for name in ("optimizer", "lr", "optimizer_options", "batch_size", "steps", "evaluations", "checkpoints", "seed"):
+        del train[name]  # the comparison sets them
+    tuned = {cell.contender.name: cell.contender.axes for cell in result.cells}
+    ranges = {
+        name: "; ".join(f"{axis.name} {axis.low:g} to {axis.high:g}{' (log)' if axis.log else ''}" for axis in axes)
+        for name, axes in tuned.items()
+    }
+    return _section(
+        "Configuration",
+        "<h3>Comparison</h3>",
+        _definitions(settings),
+        "<h3>Every run</h3>",
+        _definitions(train),
+        "<h3>Searched ranges</h3>",
+        _definitions(ranges),
+        "<h3>Versions</h3>",
+        _definitions(result.versions),
+    )
+
+
+# ---- elements ----
+
+
+def _section(title: str, *content: str) -> str:
+    name = title.lower().replace(" ", "-")
+    inner = "\n".join(part for part in content if part)
+    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(title)}</h2>\n{inner}\n</section>'
+
+
+def _paragraph(text: str, kind: str = "") -> str:
+    if not text:
+        return ""
+    return f'<p class="{kind}">{escape(text)}</p>\n' if kind else f"<p>{escape(text)}</p>\n"
+
+
+def _list(items: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+
+
+def _definitions(values: Mapping[str, object]) -> str:
+    shown = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in values.items()
+    }
+    return f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(value)}</dd>' for key, value in shown.items())}</dl>"
+
+
+def _grid(figures: Sequence[str]) -> str:
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _figure(figure: Figure, name: str, title: str, caption: str, *, label: str = "", single: bool = False) -> str:
+    svg = plots.inline_svg(figure, name, label or title)
+    kind = ' class="single"' if single else ""
+    return f"<figure{kind}><figcaption><b>{escape(title)}</b> {escape(caption)}</figcaption>{svg}</figure>\n"
+
+
+def _td(text: str, more: str = "", *, kind: str = "") -> str:
+    """A table cell of *text* (escaped) and *more* (HTML); *kind* is its class."""
+    return f"<td{f' class={kind}' if kind else ''}>{escape(text)}{more}</td>"
+
+
+def _mark(row: Row, baseline: str) -> str:
+    if not row.verdict:
+        return '<abbr class="none" aria-hidden="true">▲</abbr>'  # keeps the numbers below each other
+    title = f"significantly {row.verdict} than {baseline}"
+    return f'<abbr title="{escape(title)}">{summary.MARKS[row.verdict]}</abbr>'
+
+
+def _matrix(
+    caption: str, result: CompareResult, cell: Callable[[Row], str], optimizers: Sequence[str] | None = None
+) -> str:
+    """A table with a row per optimizer and a column per batch size."""
+    finished = summary.rows(result)
+    by_cell = {(row.optimizer, row.batch_size): row for row in finished}
+    steps = {row.batch_size: row.steps for row in finished}
+    header = ["optimizer"]
+    for batch in result.batch_sizes:
+        below = f"<small>{plural(steps[batch], 'step')}</small>" if batch in steps else ""
+        header.append(f"{escape(batch_name(result, batch, short=True))}{below}")
+    body = []
+    for name in optimizers or result.config.optimizers:
+        cells = [by_cell.get((name, batch)) for batch in result.batch_sizes]
+        shown = "".join(_td("–", kind="off") if row is None else cell(row) for row in cells)
+        body.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
+    return _table(caption, header, body)
+
+
+def _table(caption: str, header: Sequence[str], body: Sequence[str]) -> str:
+    """A table in a box of its own that scrolls sideways; *header* (HTML) and *body* (rows) are used as they are."""
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    rows = "\n".join(body)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n<table>\n'
+        f"<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n"
+        "</table>\n</div>\n"
+    )
