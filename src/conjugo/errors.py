@@ -1,6 +1,7 @@
 """The exceptions that users catch, and the two ways in which bad input is reported.
 
-Every message names the owner (class or function), the argument, the value that was given and what would have been accepted.
+Every message names the owner (class or function), the argument, the value that was given and what would have been
+accepted.
 """
 
 from __future__ import annotations

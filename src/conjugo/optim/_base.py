@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conjugo.errors import check
 
-__all__ = ["Optimizer", "all_finite", "as_real", "check_lr", "evaluate", "state_dtype", "zeros_for"]
+__all__ = ["Optimizer", "as_real", "check_lr", "evaluate", "state_dtype", "zeros_for"]
 
 Group = dict[str, Any]
 
@@ -31,9 +31,8 @@ class Optimizer(torch.optim.Optimizer):
     * ``_check_group(group)``: raise ``ValueError`` for an option out of range (*group* has all defaults filled in);
     * ``_init_state(p, group)``: the freshly allocated state of one parameter, a dict of tensors; all of it is in
       ``state_dict`` under these names;
-    * ``_state_replaced()``: rebuild whatever refers to the tensors in ``self.state`` (views, tables). Called after
-      each group that is added, after unpickling, and when loading had to allocate on another device. Ordinary loading
-      copies into the tensors that exist, so that views stay valid.
+    * ``_state_replaced()``: rebuild whatever refers to the tensors in ``self.state`` or to ``self.param_groups``
+      (views, tables). Called after each group that is added, after unpickling and after loading.
 
     The hooks also run inside ``__init__``: attributes they read must be set before ``super().__init__``. Attributes
     named in ``_pickled`` travel with pickle and deepcopy, as ``defaults``, ``state`` and ``param_groups`` do.
@@ -127,14 +126,13 @@ class Optimizer(torch.optim.Optimizer):
                 values = saved[p].values if p in saved else {}
                 self._check_fits(p, values)
                 pairs.append((p, group, values))
-        if moved := [(p, group) for p, group, _ in pairs if any(t.device != p.device for t in self.state[p].values())]:
-            for p, group in moved:
-                self.state[p] = self._init_state(p, group)
-            self._state_replaced()
         with torch.no_grad():
-            for p, _, values in pairs:
+            for p, group, values in pairs:
+                if any(t.device != p.device for t in self.state[p].values()):
+                    self.state[p] = self._init_state(p, group)
                 for name, own in self.state[p].items():
                     own.copy_(values[name])
+        self._state_replaced()
 
     def _check_fits(self, p: Tensor, values: dict[str, Any]) -> None:
         own = self.state[p]
@@ -198,8 +196,3 @@ def as_real(tensor: Tensor) -> Tensor:
 def zeros_for(p: Tensor) -> Tensor:
     """Zeros with the shape and layout of ``as_real(p)``, in ``state_dtype(p)``."""
     return torch.zeros_like(as_real(p.detach()), dtype=state_dtype(p), memory_format=torch.preserve_format)
-
-
-def all_finite(norms: list[Tensor]) -> Tensor:
-    """0-d bool on the device of *norms* (0-d each): whether none of the tensors they measure holds NaN or infinity."""
-    return torch.isfinite(torch.stack(norms)).all()

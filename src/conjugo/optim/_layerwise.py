@@ -1,4 +1,4 @@
-"""The step that LARS and LAMB share: measure, skip what is not finite, update layer by layer without a host sync."""
+"""The step that LARS and LAMB share: measure, skip what is not finite, update layer by layer."""
 
 from __future__ import annotations
 
@@ -9,43 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conjugo._tensors import Array, namespace
 from conjugo.errors import check
-from conjugo.optim._base import Group, Optimizer, all_finite, as_real, check_lr, evaluate, state_dtype
+from conjugo.optim._base import Group, Optimizer, as_real, check_lr, evaluate, state_dtype
 
-__all__ = ["LayerwiseOptimizer", "choose", "masked", "masked_foreach", "norms"]
+__all__ = ["LayerwiseOptimizer", "adapts", "choose", "masked", "norms", "trust_ratio"]
 
 
 class LayerwiseOptimizer(Optimizer):
     """Base of the optimizers that scale each parameter's update by a trust ratio.
 
-    A subclass offers two versions of the same update: ``_update`` for one parameter at a time, which is the
-    specification and, on a CPU, the faster one (its temporary stays in the cache), and ``_update_foreach`` for lists.
+    A subclass offers two versions of the same update: ``_update`` for one parameter after the other, with scalars that
+    are numbers: the specification, and the faster one on a CPU, where reading a scalar costs nothing; and
+    ``_update_foreach`` for lists, with scalars that stay on the device and no host synchronisation.
     """
 
     def _check_group(self, group: Group) -> None:
         name = self._name
         check_lr(name, group["lr"])
-        check(_within(group["weight_decay"], 0, math.inf), name, "weight_decay", group["weight_decay"], "in [0, inf)")
-        bounds = group["trust_bounds"]
-        check(
-            len(bounds) == 2 and 0 <= bounds[0] <= bounds[1],
-            name,
-            "trust_bounds",
-            bounds,
-            "a pair (low, high) with 0 <= low <= high",
-        )
+        decay, bounds = group["weight_decay"], group["trust_bounds"]
+        check(0 <= decay < math.inf, name, "weight_decay", decay, "in [0, inf)")
+        ordered = len(bounds) == 2 and 0 <= bounds[0] <= bounds[1]
+        check(ordered, name, "trust_bounds", bounds, "a pair (low, high) with 0 <= low <= high")
 
     def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         # One counter for each parameter: per-parameter state is all that every checkpoint format keeps.
         return {"skipped_steps": torch.zeros((), dtype=torch.int64, device=p.device)}
 
-    def _update(self, group: Group, p: Tensor, grad_norm: Tensor, ok: Tensor) -> None:
+    def _update(self, group: Group, params: list[Tensor], grad_norms: Array) -> None:
         raise NotImplementedError
 
-    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: list[Tensor], ok: Tensor) -> None:
+    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: Tensor, ok: Tensor) -> None:
         raise NotImplementedError
 
-    def _trust_ratio(self, group: Group, weight_norms: Tensor, others: Tensor) -> Tensor:
+    def _trust_ratio(self, group: Group, weight_norms: Array, others: Array) -> Array:
         raise NotImplementedError
 
     @property
@@ -66,33 +63,42 @@ class LayerwiseOptimizer(Optimizer):
         work = self._with_gradient()
         if not work:
             return loss
-        measured = [norms([p.grad for p in params if p.grad is not None], group) for group, params in work]
-        ok = all_finite([norm for group_norms in measured for norm in group_norms])
-        for (group, params), grad_norms in zip(work, measured):
-            if use_foreach(group, params):
+        measured = [norms([p.grad for p in params if p.grad is not None]) for _, params in work]
+        ok = torch.isfinite(torch.cat(measured)).all()
+        as_lists = [use_foreach(group, params) for group, params in work]
+        if not all(as_lists) and not ok:
+            self._count_skipped(ok)
+            return loss
+        for (group, params), grad_norms, foreach in zip(work, measured, as_lists):
+            if foreach:
                 self._update_foreach(group, params, grad_norms, ok)
             else:
-                for p, grad_norm in zip(params, grad_norms):
-                    self._update(group, p, grad_norm, ok)
-        counters = [self.state[p]["skipped_steps"] for group in self.param_groups for p in group["params"]]
-        torch._foreach_add_(counters, torch.logical_not(ok).to(torch.int64))
+                self._update(group, params, grad_norms.numpy(force=True))
+        if all(as_lists):
+            self._count_skipped(ok)
         return loss
 
-    def _scales(self, group: Group, params: list[Tensor], others: list[Tensor], ok: Tensor) -> list[Tensor]:
-        """Learning rate times trust ratio for each parameter (0-d), or zero unless *ok*.
+    def _count_skipped(self, ok: Tensor) -> None:
+        counters = [self.state[p]["skipped_steps"] for group in self.param_groups for p in group["params"]]
+        torch._foreach_add_(counters, torch.logical_not(ok).to(torch.int64))
 
-        others: what the ratio compares the norm of each parameter with (0-d).
-        """
-        lr = choose(ok, group["lr"], 0.0)
-        scales = [lr] * len(params)
-        adaptive = [i for i, p in enumerate(params) if p.ndim > 1 or group["adapt_vectors"]]
-        if adaptive:
-            weight_norms = torch.stack(norms([params[i] for i in adaptive], group))
-            ratios = self._trust_ratio(group, weight_norms, torch.stack([others[i] for i in adaptive]))
-            # A ratio may be NaN in a step that is skipped, and NaN times zero is NaN.
-            for i, scale in zip(adaptive, (torch.where(ok, ratios, 0.0) * lr).unbind()):
-                scales[i] = scale
-        return scales
+    def _ratios(self, group: Group, params: list[Tensor], weight_norms: Array, others: Array) -> Array:
+        """The trust ratio of each parameter, [n]: of its norm with *others*, or 1 for a vector that is not to adapt."""
+        ratios = self._trust_ratio(group, weight_norms, others)
+        for i in (i for i, p in enumerate(params) if not adapts(group, p)):
+            ratios[i] = 1.0
+        return ratios
+
+
+def trust_ratio(numerator: Array, denominator: Array, defined: Array, bounds: tuple[float, float]) -> Array:
+    """numerator / denominator where *defined*, else 1, clamped to *bounds*; all of one shape."""
+    xp = namespace(denominator)
+    return xp.where(defined, numerator / xp.where(defined, denominator, 1.0), 1.0).clip(*bounds)
+
+
+def adapts(group: Group, p: Tensor) -> bool:
+    """Whether the trust ratio of *p* is anything but 1."""
+    return p.ndim > 1 or bool(group["adapt_vectors"])
 
 
 def use_foreach(group: Group, params: list[Tensor]) -> bool:
@@ -100,16 +106,11 @@ def use_foreach(group: Group, params: list[Tensor]) -> bool:
     return bool(params[0].device.type != "cpu" if group["foreach"] is None else group["foreach"])
 
 
-def norms(tensors: list[Tensor], group: Group) -> list[Tensor]:
-    """The Euclidean norm of each tensor (0-d, at least float32)."""
+def norms(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of each tensor, at least in float32; [n]."""
     real = [as_real(t) for t in tensors]
-    if use_foreach(group, real):
-        return list(
-            torch._foreach_norm(
-                real, 2, torch.float64 if any(t.dtype == torch.float64 for t in real) else torch.float32
-            )
-        )
-    return [torch.linalg.vector_norm(t, dtype=state_dtype(t)) for t in real]
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in real) else torch.float32
+    return torch.stack(torch._foreach_norm(real, 2, wide))
 
 
 def choose(ok: Tensor, value: float | Tensor, otherwise: float) -> Tensor:
@@ -119,15 +120,8 @@ def choose(ok: Tensor, value: float | Tensor, otherwise: float) -> Tensor:
     return torch.where(ok, value.to(torch.float64), otherwise)
 
 
-def masked(p: Tensor, *, ok: Tensor, maximize: bool) -> Tensor:
-    """A copy of the gradient of *p* in its state's type, negated if *maximize*; all zero unless *ok* (0-d bool)."""
-    assert p.grad is not None
-    grad = torch.where(ok, as_real(p.grad), 0).to(state_dtype(p))
-    return grad.neg_() if maximize else grad
-
-
-def masked_foreach(params: list[Tensor], *, ok: Tensor, maximize: bool) -> list[Tensor]:
-    """:func:`masked` for a list, in one operation.
+def masked(params: list[Tensor], *, ok: Tensor, maximize: bool) -> list[Tensor]:
+    """Copies of the gradients of *params* in their state's type, negated if *maximize*; all zero unless *ok* (0-d bool).
 
     NaN times zero is NaN, but the bits of NaN, read as an integer, times zero are the bits of 0.0.
     """
@@ -141,8 +135,3 @@ def masked_foreach(params: list[Tensor], *, ok: Tensor, maximize: bool) -> list[
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
-
-
-def _within(value: float, low: float, high: float) -> bool:
-    """Whether low <= value < high; False for NaN."""
-    return low <= value < high

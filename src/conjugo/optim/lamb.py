@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from conjugo._tensors import Array
 from conjugo.errors import check
 from conjugo.optim._base import Group, as_real, zeros_for
-from conjugo.optim._layerwise import LayerwiseOptimizer, choose, masked, masked_foreach, norms
+from conjugo.optim._layerwise import LayerwiseOptimizer, adapts, choose, masked, norms, trust_ratio
 
 __all__ = ["LAMB", "lamb_trust_ratio"]
 
@@ -34,7 +35,8 @@ class LAMB(LayerwiseOptimizer):
         trust_bounds: smallest and largest ratio; ``(1, 1)`` makes the method AdamW.
         adapt_vectors: scale parameters with fewer than two dimensions (biases, normalisation) too. By default their
             ratio is 1: their norms say little about a layer.
-        foreach: update lists of tensors at once; by default on accelerators only.
+        foreach: update lists of tensors at once; by default on accelerators only. With False an accelerator has to wait
+            for the norms in each step.
         maximize: ascend instead of descend.
 
     State: ``exp_avg`` and ``exp_avg_sq``, two vectors per parameter, float32 for bfloat16 and float16 parameters.
@@ -88,29 +90,26 @@ class LAMB(LayerwiseOptimizer):
             "exp_avg_sq": zeros_for(p),
         } | super()._init_state(p, group)
 
-    def _update(self, group: Group, p: Tensor, grad_norm: Tensor, ok: Tensor) -> None:
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        update = masked(p, ok=ok, maximize=group["maximize"])
-        mean.mul_(choose(ok, beta1, 1.0)).add_(update, alpha=1 - beta1)
-        square.mul_(choose(ok, beta2, 1.0)).addcmul_(update, update, value=1 - beta2)
+    def _update(self, group: Group, params: list[Tensor], grad_norms: Array) -> None:
+        (beta1, beta2), lr, sign = group["betas"], float(group["lr"]), -1 if group["maximize"] else 1
+        weight_norms = norms(params).numpy(force=True)
+        for i, p in enumerate(params):
+            assert p.grad is not None
+            w, g, state = as_real(p), as_real(p.grad), self.state[p]
+            mean = state["exp_avg"].mul_(beta1).add_(g, alpha=sign * (1 - beta1))
+            square = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            t = state["step"].add_(1).item()
+            update = square.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
+            torch.div(mean, update, out=update).div_(1 - beta1**t).add_(w, alpha=group["weight_decay"])
+            scale = lr
+            if adapts(group, p):
+                scale *= float(self._trust_ratio(group, weight_norms[i], norms([update]).numpy(force=True)[0]))
+            w.sub_(update, alpha=scale)
 
-        state["step"].add_(ok)
-        t = state["step"].clamp(min=1)  # 0 only when the very first step is skipped
-        torch.sqrt(square, out=update)
-        update.div_((1 - beta2**t).sqrt()).add_(group["eps"])
-        torch.div(mean, update, out=update)
-        update.div_(1 - beta1**t)
-        w = as_real(p)
-        if group["weight_decay"]:
-            update.add_(w, alpha=group["weight_decay"])
-        (scale,) = self._scales(group, [p], norms([update], group), ok)
-        w.sub_(update.mul_(scale))
-
-    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: list[Tensor], ok: Tensor) -> None:
+    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: Tensor, ok: Tensor) -> None:
         states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
         means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        updates = masked_foreach(params, ok=ok, maximize=group["maximize"])
+        updates = masked(params, ok=ok, maximize=group["maximize"])
         torch._foreach_mul_(means, choose(ok, beta1, 1.0))
         torch._foreach_add_(means, updates, alpha=1 - beta1)
         torch._foreach_mul_(squares, choose(ok, beta2, 1.0))
@@ -129,20 +128,20 @@ class LAMB(LayerwiseOptimizer):
         ws = [as_real(p) for p in params]
         if group["weight_decay"]:
             torch._foreach_add_(updates, ws, alpha=group["weight_decay"])
-        torch._foreach_mul_(updates, self._scales(group, params, norms(updates, group), ok))
+        # A ratio may be NaN in a step that is skipped, and NaN times zero is NaN.
+        ratios = torch.where(ok, self._ratios(group, params, norms(params), norms(updates)), 0.0)
+        torch._foreach_mul_(updates, list((ratios * group["lr"]).unbind()))
         torch._foreach_sub_(ws, updates)
 
-    def _trust_ratio(self, group: Group, weight_norms: Tensor, others: Tensor) -> Tensor:
+    def _trust_ratio(self, group: Group, weight_norms: Array, others: Array) -> Array:
         return lamb_trust_ratio(weight_norms, others, bounds=group["trust_bounds"])
 
 
-def lamb_trust_ratio(
-    weight_norm: Tensor, update_norm: Tensor, *, bounds: tuple[float, float] = (0.0, math.inf)
-) -> Tensor:
+def lamb_trust_ratio(weight_norm: Array, update_norm: Array, *, bounds: tuple[float, float] = (0.0, math.inf)) -> Array:
     """weight_norm / update_norm, clamped to *bounds*.
 
     weight_norm, update_norm: Euclidean norms (same shape, one entry for each layer); where one of them is zero the
     ratio is 1 before clamping. Source: You et al. 2020, Algorithm 2 with the identity as scaling function; the paper
     bounds the weight norm, this bounds the ratio.
     """
-    return torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0).clamp(*bounds)
+    return trust_ratio(weight_norm, update_norm, (weight_norm > 0) & (update_norm > 0), bounds)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from conjugo._tensors import Array
 from conjugo.errors import check
 from conjugo.optim._base import Group, as_real, zeros_for
-from conjugo.optim._layerwise import LayerwiseOptimizer, choose, masked, masked_foreach
+from conjugo.optim._layerwise import LayerwiseOptimizer, choose, masked, norms, trust_ratio
 
 __all__ = ["LARS", "lars_trust_ratio"]
 
@@ -37,7 +38,8 @@ class LARS(LayerwiseOptimizer):
         trust_bounds: smallest and largest :math:`\lambda`; ``(1, 1)`` makes the method momentum SGD.
         adapt_vectors: scale parameters with fewer than two dimensions (biases, normalisation) too. By default they
             take :math:`\lambda = 1`: their norms say little about a layer.
-        foreach: update lists of tensors at once; by default on accelerators only.
+        foreach: update lists of tensors at once; by default on accelerators only. With False an accelerator has to wait
+            for the norms in each step.
         maximize: ascend instead of descend.
 
     State: ``momentum_buffer``, one vector per parameter, float32 for bfloat16 and float16 parameters.
@@ -93,29 +95,29 @@ class LARS(LayerwiseOptimizer):
     def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         return {"momentum_buffer": zeros_for(p)} | super()._init_state(p, group)
 
-    def _update(self, group: Group, p: Tensor, grad_norm: Tensor, ok: Tensor) -> None:
-        momentum, velocity = group["momentum"], self.state[p]["momentum_buffer"]
-        update = masked(p, ok=ok, maximize=group["maximize"])
-        (scale,) = self._scales(group, [p], [grad_norm], ok)
-        w = as_real(p)
-        if group["weight_decay"]:
-            update.add_(w, alpha=group["weight_decay"])
-        update.mul_(scale)
-        velocity.mul_(choose(ok, momentum, 1.0)).add_(update)
-        if group["nesterov"]:
-            update.addcmul_(velocity, choose(ok, momentum, 0.0))
-        else:
-            torch.mul(velocity, ok, out=update)
-        w.sub_(update)
+    def _update(self, group: Group, params: list[Tensor], grad_norms: Array) -> None:
+        momentum, decay, sign = group["momentum"], group["weight_decay"], -1 if group["maximize"] else 1
+        ratios = self._ratios(group, params, norms(params).numpy(force=True), grad_norms)
+        for p, scale in zip(params, (ratios * float(group["lr"])).tolist()):
+            assert p.grad is not None
+            w, g, velocity = as_real(p), as_real(p.grad), self.state[p]["momentum_buffer"]
+            velocity.mul_(momentum).add_(g, alpha=sign * scale)
+            if decay:
+                velocity.add_(w, alpha=scale * decay)
+            if group["nesterov"]:
+                w.sub_((velocity * momentum).add_(g, alpha=sign * scale).add_(w, alpha=scale * decay))
+            else:
+                w.sub_(velocity)
 
-    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: list[Tensor], ok: Tensor) -> None:
+    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: Tensor, ok: Tensor) -> None:
         momentum, velocities = group["momentum"], [self.state[p]["momentum_buffer"] for p in params]
-        updates = masked_foreach(params, ok=ok, maximize=group["maximize"])
-        scales = self._scales(group, params, grad_norms, ok)
+        updates = masked(params, ok=ok, maximize=group["maximize"])
+        # A ratio may be NaN in a step that is skipped, and NaN times zero is NaN.
+        ratios = torch.where(ok, self._ratios(group, params, norms(params), grad_norms), 0.0)
         ws = [as_real(p) for p in params]
         if group["weight_decay"]:
             torch._foreach_add_(updates, ws, alpha=group["weight_decay"])
-        torch._foreach_mul_(updates, scales)
+        torch._foreach_mul_(updates, list((ratios * group["lr"]).unbind()))
         torch._foreach_mul_(velocities, choose(ok, momentum, 1.0))
         torch._foreach_add_(velocities, updates)
         if group["nesterov"]:
@@ -125,7 +127,7 @@ class LARS(LayerwiseOptimizer):
             torch._foreach_mul_(updates, ok)
         torch._foreach_sub_(ws, updates)
 
-    def _trust_ratio(self, group: Group, weight_norms: Tensor, others: Tensor) -> Tensor:
+    def _trust_ratio(self, group: Group, weight_norms: Array, others: Array) -> Array:
         return lars_trust_ratio(
             weight_norms,
             others,
@@ -137,18 +139,18 @@ class LARS(LayerwiseOptimizer):
 
 
 def lars_trust_ratio(
-    weight_norm: Tensor,
-    grad_norm: Tensor,
+    weight_norm: Array,
+    grad_norm: Array,
     *,
     coefficient: float,
     weight_decay: float,
     eps: float,
     bounds: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
+) -> Array:
     """coefficient * weight_norm / (grad_norm + weight_decay * weight_norm + eps), clamped to *bounds*.
 
     weight_norm, grad_norm: Euclidean norms (same shape, one entry for each layer); where one of them is zero the ratio
     is 1 before clamping. Source: You, Gitman & Ginsburg 2017, equation 6; eps is ours.
     """
-    ratio = coefficient * weight_norm / (grad_norm + weight_decay * weight_norm + eps)
-    return torch.where((weight_norm > 0) & (grad_norm > 0), ratio, 1.0).clamp(*bounds)
+    denominator = grad_norm + weight_decay * weight_norm + eps
+    return trust_ratio(coefficient * weight_norm, denominator, (weight_norm > 0) & (grad_norm > 0), bounds)

@@ -239,8 +239,8 @@ class NLCG(Optimizer):
         self._active: list[Tensor] = []
         params = [p for group in self.param_groups for p in group["params"]]
         devices = {p.device for p in params}
-        if len(devices) > 1:
-            return  # said in the first step: a model may be on its way to another device
+        if len(devices) != 1:
+            return  # none, or several, which the first step refuses: a model may be on its way to another device
         self._table = torch.stack([self.state[p]["scalars"] for p in params])
         for p, row in zip(params, self._table.unbind(0), strict=True):
             self.state[p]["scalars"] = row
