@@ -48,6 +48,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
         return torch.sum(x * y) if x.stride() != y.stride() else torch.dot(flat(x), flat(y))
     if x.device.type != "cpu" or x.stride() != y.stride():
         return torch.sum(x * y, dtype=wide)
+    if x.numel() <= CHUNK:
+        return torch.dot(flat(x), flat(y)).to(wide)
     xs, ys = (torch.split(flat(t), CHUNK) for t in (x, y))
     return torch.stack([torch.dot(a, b) for a, b in zip(xs, ys, strict=True)]).sum(dtype=wide)
 

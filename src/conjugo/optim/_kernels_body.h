@@ -134,6 +134,10 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
                 CASE(F_DECAY, CALL)
                 CASE(F_DIRECTION, CALL)
                 CASE(F_DIRECTION | F_DECAY, CALL)
+                CASE(F_CROSS, CALL)
+                CASE(F_CROSS | F_DECAY, CALL)
+                CASE(F_DIRECTION | F_CROSS | F_HESSIAN, CALL)
+                CASE(F_DIRECTION | F_CROSS | F_HESSIAN | F_DECAY, CALL)
                 OTHER(CALL)
             }
 #undef CALL
@@ -157,8 +161,12 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
             switch (on) {
                 CASE(0, CALL)
                 CASE(F_DECAY, CALL)
+                CASE(F_STORE, CALL)
+                CASE(F_STORE | F_DECAY, CALL)
                 CASE(F_HESSIAN, CALL)
                 CASE(F_HESSIAN | F_DECAY, CALL)
+                CASE(F_HESSIAN | F_UNDO, CALL)
+                CASE(F_HESSIAN | F_UNDO | F_DECAY, CALL)
                 OTHER(CALL)
             }
 #undef CALL
