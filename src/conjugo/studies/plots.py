@@ -36,13 +36,15 @@ __all__ = [
     "tuning",
 ]
 
+Values = np.ndarray[Any, np.dtype[np.float64]]
+
 INK = "#010203"
 """Colour of text and axes: replaced by the page's own text colour in :func:`inline_svg`, practically black elsewhere."""
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#B8699A", "#B07A00", "#2F8FC0", "#7A7A7A", "#7A5FC0")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-WIDE = (5.2, 3.6)
-SMALL = (4.4, 3.0)
+WIDE = (4.7, 3.4)
+SMALL = (4.3, 3.0)
 
 
 class Style(NamedTuple):
@@ -80,7 +82,7 @@ def accuracy(result: CompareResult) -> Figure:
             )
             ends += [_End(name, row.batch_size * shift, 100 * row.accuracy, style.color) for row in mine[-1:]]
         _batch_axis(axes, result)
-        axes.set_ylabel("test accuracy (%)")
+        _accuracy_axis(axes, "test accuracy (%)")
         _label(axes, ends)
         return _figure(axes)
 
@@ -124,12 +126,12 @@ def learning_curves(result: CompareResult, batch_size: int) -> Figure:
         axes.axhline(100 * result.target, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlim(left=0)
         axes.set_xlabel("steps")
-        axes.set_ylabel("test accuracy (%)")
+        _accuracy_axis(axes, "test accuracy (%)")
         _label(axes, ends)
         return _figure(axes)
 
 
-def _common_points(cell: CellResult) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float64]]]:
+def _common_points(cell: CellResult) -> tuple[list[int], Values]:
     """Steps at which every fresh seed was evaluated (a run that diverged stops early), and percent [seeds, steps]."""
     curves = [dict(run.outcome.curve) for run in cell.finals]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -151,27 +153,25 @@ def tuning(result: CompareResult, name: str) -> Figure:
                 [100 * run.outcome.accuracy for run in cell.trials],
                 s=[70 if run.task == cell.best else 18 for run in cell.trials],
                 color=colors[cell.batch_size],
-                edgecolors=[INK if run.task == cell.best else "none" for run in cell.trials],
-                linewidths=0.8,
+                edgecolors=INK,
+                linewidths=[0.9 if run.task == cell.best else 0 for run in cell.trials],
                 alpha=0.9,
             )
             lr = cell.contender.axes[0]
             axes.set_xscale("log")
             axes.set_xlim(lr.low * 0.8, lr.high * 1.25)
         axes.set_xlabel("learning rate")
-        axes.set_ylabel("validation accuracy (%)")
+        _accuracy_axis(axes, "validation accuracy (%)")
         return _figure(axes)
 
 
 def batch_colors(result: CompareResult) -> Mapping[int, str]:
     """The colour of each batch size in :func:`tuning`, as hexadecimal: the larger, the redder."""
-    import matplotlib as mpl
-    from matplotlib.colors import to_hex
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
 
+    ramp = LinearSegmentedColormap.from_list("batches", ["#2F7FD0", "#8C66C8", "#C8518E", "#D9622B"])
     sizes = result.batch_sizes
-    return {
-        size: to_hex(mpl.colormaps["plasma"](0.05 + 0.65 * i / max(1, len(sizes) - 1))) for i, size in enumerate(sizes)
-    }
+    return {size: to_hex(ramp(i / max(1, len(sizes) - 1))) for i, size in enumerate(sizes)}
 
 
 # ---- what they have in common ----
@@ -188,6 +188,7 @@ def _axes(size: tuple[float, float]) -> Iterator[Axes]:
 
     settings: dict[Any, Any] = {
         "font.size": 10,
+        "axes.facecolor": "none",
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,
@@ -218,10 +219,39 @@ def _figure(axes: Axes) -> Figure:
 def _batch_axis(axes: Axes, result: CompareResult) -> None:
     sizes = result.batch_sizes
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xticks(sizes, [summary.batch_name(result, size, short=True).replace(" ", "\n") for size in sizes])
     axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
     axes.minorticks_off()
     axes.set_xlabel("batch size")
+
+
+def _accuracy_axis(axes: Axes, name: str) -> None:
+    """Percent, stretched towards 100 in proportion to the logarithm of the error plus one point.
+
+    From 98 to 99 is as far as from 50 to 66: where all are good, the remaining errors are what differs.
+    """
+    axes.set_ylabel(name)
+    low, high = axes.dataLim.intervaly
+    axes.set_yscale("function", functions=(_stretched, _unstretched))
+    if math.isfinite(low + high):
+        bottom, top = _stretched(np.array([low, min(high, 100.0)]))
+        margin = 0.06 * (top - bottom) + 1e-3
+        axes.set_ylim(*np.clip(_unstretched(np.array([bottom - margin, top + margin])), 0, 100))
+    bottom, top = axes.get_ylim()
+    ticks = [tick for tick in _TICKS if bottom <= tick <= top]
+    if len(ticks) >= 3:
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+_TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 97, 98, 99, 100)
+
+
+def _stretched(percent: Values) -> Values:
+    return np.asarray(-np.log(101 - np.minimum(percent, 100.5)))
+
+
+def _unstretched(height: Values) -> Values:
+    return np.asarray(101 - np.exp(-height))
 
 
 class _End(NamedTuple):
@@ -238,10 +268,10 @@ def _label(axes: Axes, ends: Sequence[_End]) -> None:
 
     Call it when the limits of the axes are final.
     """
-    axes.autoscale_view()
     to_axes = axes.transScale + axes.transLimits
     ordered = sorted(ends, key=lambda end: end.y)
-    heights = spread([float(to_axes.transform((end.x, end.y))[1]) for end in ordered], gap=0.068)
+    figure_height = _figure(axes).get_size_inches()[1]
+    heights = spread([float(to_axes.transform((end.x, end.y))[1]) for end in ordered], gap=0.215 / figure_height)
     for end, height in zip(ordered, heights):
         axes.annotate(
             end.name,
@@ -249,7 +279,14 @@ def _label(axes: Axes, ends: Sequence[_End]) -> None:
             xytext=(1.06, height),
             textcoords="axes fraction",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": end.color,
+                "linewidth": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
 
 

@@ -27,6 +27,8 @@ def presets() -> dict[str, CompareConfig]:
             batch_sizes=(32, 128, 512, "full"),
             trials=16,
             seeds=5,
+            target=0.9,
+            evaluations=45,
         ),
         "cifar10": CompareConfig(
             train=TrainConfig(data="cifar10", model="resnet8", epochs=4.0, weight_decay=2e-4),

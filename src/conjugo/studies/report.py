@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from conjugo.studies.results import CompareResult
+    from conjugo.studies.tuning import Axis
 
 __all__ = ["page", "write", "write_plots"]
 
@@ -68,15 +69,12 @@ def _footer(result: CompareResult) -> str:
 def _problems(result: CompareResult) -> str:
     if result.complete:
         return ""
-    missing = [
-        f"{cell.contender.name}, {batch_name(result, cell.batch_size)}: {plural(len(cell.trials), 'trial')} and "
-        f"{plural(len(cell.finals), 'fresh seed')} finished"
-        for cell in result.cells
-        if not cell.complete
-    ]
-    text = "These cells are missing below. Resuming the comparison does what remains to be done."
+    missing = sum(not cell.complete for cell in result.cells)
+    text = (
+        f"{missing} of {plural(len(result.cells), 'cell')} are not finished and missing below. Resume to do the rest."
+    )
     crashes = "".join(f"<pre>{escape(message)}</pre>" for message in result.crashes)
-    return _section("Not finished", _paragraph(text), _list(missing), crashes)
+    return _section("Not finished", _paragraph(text), crashes)
 
 
 def _accuracy(result: CompareResult) -> str:
@@ -114,7 +112,10 @@ def _significance(result: CompareResult) -> str:
     def cell(row: Row) -> str:
         if row.gain is None:
             return _td("–", kind="off")
-        return _td(f"{100 * row.gain:+.1f}", f' <span class="off">(p {escape(summary.p_text(row.p_baseline))})</span>')
+        return _td(
+            f"{100 * row.gain:+.1f}".replace("-", "−"),
+            f' <span class="off">(p {escape(summary.p_text(row.p_baseline))})</span>',
+        )
 
     others = [name for name in result.config.optimizers if name != baseline]
     return _matrix(f"Difference to tuned {baseline} in percentage points", result, cell, others) if others else ""
@@ -257,7 +258,7 @@ def _configuration(result: CompareResult) -> str:
         del train[name]  # the comparison sets them
     tuned = {cell.contender.name: cell.contender.axes for cell in result.cells}
     ranges = {
-        name: "; ".join(f"{axis.name} {axis.low:g} to {axis.high:g}{' (log)' if axis.log else ''}" for axis in axes)
+        name: "; ".join(f"{axis.name} {axis.low:g} to {axis.high:g}{_scale(axis)}" for axis in axes)
         for name, axes in tuned.items()
     }
     return _section(
@@ -271,6 +272,12 @@ def _configuration(result: CompareResult) -> str:
         "<h3>Versions</h3>",
         _definitions(result.versions),
     )
+
+
+def _scale(axis: Axis) -> str:
+    if axis.complement:
+        return f", logarithmic in 1 - {axis.name}"
+    return ", logarithmic" if axis.log else ""
 
 
 # ---- elements ----

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Self
@@ -38,7 +38,7 @@ class Contender:
         entry = optimizers.entry(name)
         axes = [Axis("lr", *entry.lr_range, log=True)]
         if entry.second is not None:
-            axes.append(Axis(entry.second.name, entry.second.low, entry.second.high, log=entry.second.log))
+            axes.append(Axis(**asdict(entry.second)))
         return cls(name, name, tuple(axes))
 
     @classmethod

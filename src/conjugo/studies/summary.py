@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -181,19 +182,15 @@ def headline(result: CompareResult) -> str:
 def largest_batches(result: CompareResult) -> dict[str, int | None]:
     """For each optimizer the largest batch up to which every batch tried loses at most :data:`LOSS_ALLOWED`.
 
-    Measured against the best mean accuracy of all optimizers at the smallest batch; None if even the smallest batch loses more.
+    Measured against the best mean accuracy of all optimizers at the smallest batch; None if even the smallest batch loses
+    more. Optimizers without a finished cell are left out.
     """
     finished = rows(result)
     reachable: dict[str, int | None] = {}
-    if not finished:
-        return reachable
-    reference = _reference(finished)
-    for name in result.config.optimizers:
-        reachable[name] = None
-        for row in (row for row in finished if row.optimizer == name):
-            if row.accuracy < reference - LOSS_ALLOWED:
-                break
-            reachable[name] = row.batch_size
+    for name in dict.fromkeys(row.optimizer for row in finished):
+        mine = [row for row in finished if row.optimizer == name]
+        good = itertools.takewhile(lambda row: row.accuracy >= _reference(finished) - LOSS_ALLOWED, mine)
+        reachable[name] = max((row.batch_size for row in good), default=None)
     return reachable
 
 
@@ -206,12 +203,12 @@ def scaling(result: CompareResult) -> str:
     if not groups:
         return ""
     smallest = min(row.batch_size for row in finished)
+    text = f"Losing at most one point against the best at batch {smallest:,} ({percent(_reference(finished))} %), "
     parts = [
-        f"{batch_name(result, batch, short=True)} with {_listed(groups[batch])}"
+        f"to {batch_name(result, batch, short=True)} with {_listed(groups[batch])}"
         for batch in sorted((batch for batch in groups if batch is not None), reverse=True)
     ]
-    text = f"Losing at most one point against the best at batch {smallest} ({percent(_reference(finished))} %)"
-    text += f", the batch can grow to {_listed(parts, last='and to')}" if parts else ", no batch can grow"
+    text += f"the batch can grow {'; '.join(parts)}" if parts else "no batch can grow"
     return text + (f"; {_listed(groups[None])} did not reach that at any batch." if None in groups else ".")
 
 
@@ -232,8 +229,8 @@ def _sureness(p: float | None) -> str:
     return f"p {text if text.startswith('<') else f'= {text}'}{'' if p < SIGNIFICANT else ', not significant'}"
 
 
-def _listed(items: Sequence[str], *, last: str = "and") -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}"
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 # ---- tables ----

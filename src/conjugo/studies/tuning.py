@@ -27,26 +27,37 @@ __all__ = ["Axis", "Setting", "StudyFile", "at_edge", "suggest"]
 
 @dataclass(frozen=True)
 class Axis:
-    """A tuned hyperparameter: its name and its range, searched on a logarithmic or a linear scale."""
+    """A tuned hyperparameter: its name, its range, and the scale on which it is searched.
+
+    log: logarithmic; complement: logarithmic in 1 - value, as suits a momentum; else linear. closed: *high* is the largest
+    value that there is.
+    """
 
     name: str
     low: float
     high: float
     log: bool = False
+    complement: bool = False
+    closed: bool = False
 
     def __post_init__(self) -> None:
-        accepted = "finite, below high, and positive on a logarithmic scale"
         good = math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high
-        check(good and (self.low > 0 or not self.log), "Axis", "low", self.low, accepted)
+        check(good, "Axis", "low", self.low, f"finite and below high = {self.high}")
+        check(self.low > 0 or not self.log, "Axis", "low", self.low, "positive on a logarithmic scale")
+        check(self.high < 1 or not self.complement, "Axis", "high", self.high, "below 1 on the scale of 1 - value")
 
     def at(self, fraction: float) -> float:
         """The value at *fraction* (0 to 1) of the range."""
+        if self.complement:
+            return float(1 - (1 - self.low) * ((1 - self.high) / (1 - self.low)) ** fraction)
         if self.log:
             return float(self.low * (self.high / self.low) ** fraction)
         return self.low + fraction * (self.high - self.low)
 
     def fraction(self, value: float) -> float:
         """Where *value* lies in the range: 0 at *low*, 1 at *high*."""
+        if self.complement:
+            return math.log((1 - value) / (1 - self.low)) / math.log((1 - self.high) / (1 - self.low))
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -57,8 +68,9 @@ Setting = tuple[float, ...]
 
 
 def at_edge(axis: Axis, value: float, *, margin: float = 0.05) -> bool:
-    """Whether *value* lies in the outer *margin* (fraction) of its range: then the true optimum may lie outside."""
-    return not margin <= axis.fraction(value) <= 1 - margin
+    """Whether *value* lies in the outer *margin* (fraction) of its range: then a better one may lie outside."""
+    fraction = axis.fraction(value)
+    return fraction < margin or (fraction > 1 - margin and not axis.closed)
 
 
 def suggest(axes: Sequence[Axis], tried: Sequence[tuple[Setting, float]], *, trials: int, seed: int) -> Setting:
@@ -79,7 +91,7 @@ def suggest(axes: Sequence[Axis], tried: Sequence[tuple[Setting, float]], *, tri
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.add_trials([_trial(axes, setting, score) for setting, score in tried])
     proposed = study.ask(_space(axes)).params
-    return tuple(float(proposed[axis.name]) for axis in axes)
+    return tuple(_exchanged(axis, float(proposed[_label(axis)])) for axis in axes)
 
 
 class StudyFile:
@@ -100,16 +112,30 @@ class StudyFile:
             study.add_trial(_trial(axes, setting, score))
 
 
+def _label(axis: Axis) -> str:
+    """Optuna knows logarithmic and linear scales: for the third one it gets 1 - value."""
+    return f"1 - {axis.name}" if axis.complement else axis.name
+
+
+def _exchanged(axis: Axis, value: float) -> float:
+    """From our value to Optuna's, or back."""
+    return 1 - value if axis.complement else value
+
+
 def _space(axes: Sequence[Axis]) -> dict[str, BaseDistribution]:
     from optuna.distributions import FloatDistribution
 
-    return {axis.name: FloatDistribution(axis.low, axis.high, log=axis.log) for axis in axes}
+    space: dict[str, BaseDistribution] = {}
+    for axis in axes:
+        low, high = sorted(_exchanged(axis, end) for end in (axis.low, axis.high))
+        space[_label(axis)] = FloatDistribution(low, high, log=axis.log or axis.complement)
+    return space
 
 
 def _trial(axes: Sequence[Axis], setting: Setting, score: float) -> FrozenTrial:
     from optuna.trial import create_trial
 
-    params = {axis.name: value for axis, value in zip(axes, setting)}
+    params = {_label(axis): _exchanged(axis, value) for axis, value in zip(axes, setting)}
     return create_trial(params=params, distributions=_space(axes), value=score)
 
 

@@ -19,12 +19,18 @@ __all__ = ["Entry", "Tunable", "build", "entry", "names"]
 
 @dataclass(frozen=True)
 class Tunable:
-    """A hyperparameter and the interval worth searching, on a logarithmic scale if *log*."""
+    """A hyperparameter and the interval worth searching.
+
+    log: on a logarithmic scale. complement: on a logarithmic scale of 1 - value, for averages over about 1 / (1 - value)
+    steps. closed: *high* is the largest value that there is, so that an optimum there is no reason to search further.
+    """
 
     name: str
     low: float
     high: float
     log: bool
+    complement: bool = False
+    closed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +52,10 @@ class Entry:
     needs_loss: bool = False
 
 
-# Linear: half of the trials then average over 5 to 10 gradients, a quarter over more than 20. With few steps an average
-# over 100 gradients never fills.
-_MOMENTUM = Tunable("momentum", 0.8, 0.99, log=False)
-_BETA1 = Tunable("beta1", 0.8, 0.99, log=False)
-_BETA_MAX = Tunable("beta_max", 0.8, 1.0, log=False)
+# From averages over 2 gradients, enough for small batches with many steps, to 100, where few steps are no more than sums.
+_MOMENTUM = Tunable("momentum", 0.5, 0.99, log=False, complement=True)
+_BETA1 = Tunable("beta1", 0.5, 0.99, log=False, complement=True)
+_BETA_MAX = Tunable("beta_max", 0.8, 1.0, log=False, closed=True)
 
 
 def _nlcg(name: str, **options: Any) -> Entry:
@@ -90,7 +95,7 @@ _ENTRIES = (
         second=_MOMENTUM,
         options={"alpha": 0.9, "momentum": 0.9, "eps": 1.0},
     ),
-    Entry(name="lars", factory=LARS, lr=10.0, lr_range=(1.0, 1000.0), second=_MOMENTUM),
+    Entry(name="lars", factory=LARS, lr=10.0, lr_range=(0.3, 300.0), second=_MOMENTUM),
     Entry(name="lamb", factory=LAMB, lr=1e-2, lr_range=(1e-3, 1.0), second=_BETA1),
 )
 _CATALOGUE = {item.name: item for item in _ENTRIES}
