@@ -6,7 +6,7 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint format types test test-all bench docs clean
+.PHONY: help setup demo lint format test test-all bench docs clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -23,10 +23,14 @@ $(VENV)/.docs: $(VENV)/.ready
 	@$(PIP) -e ".[docs]"
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.ready
+	@$(PIP) -e ".[bench]"
+	@touch $@
+
 setup: $(VENV)/.ready ## create the virtual environment
 
 demo: $(VENV)/.ready ## compare the optimizers over batch sizes on embedded data (about five minutes)
-	$(BIN)/conjugo compare --preset demo --jobs $(JOBS) --out runs/demo
+	$(BIN)/conjugo compare --preset demo --jobs $(JOBS) --out runs/demo $(if $(wildcard runs/demo/config.json),--resume)
 
 lint: $(VENV)/.ready ## formatting, linting, types
 	$(BIN)/ruff format --check .
@@ -46,7 +50,7 @@ test: lint ## formatting, linting, types and the tests (under 15 minutes on two 
 test-all: lint ## the tests, the slow ones too
 	$(TEST)
 
-bench: $(VENV)/.ready ## speed and memory as ratios against named peers
+bench: $(VENV)/.bench ## speed and memory as ratios against named peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
 docs: $(VENV)/.docs ## the site, in docs/_build/html
