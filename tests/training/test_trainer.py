@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conjugo.distributed import GlobalBatchSampler
 from conjugo.errors import TrainingDiverged, UnknownName
 from conjugo.training import TrainConfig, Trainer, models, train
+from conjugo.training.batch_norm import RunningStatistics
 from conjugo.training.data import Dataset, Split
 from conjugo.training.guard import Guard
 from conjugo.training.machine import choose_device
@@ -142,6 +143,37 @@ def test_evaluation_uses_the_average_and_training_does_not():
     assert plain.loss != averaged.loss
     now = train(replace(config, ema=0.0), data=data)  # decay 0: the average is the last weight
     assert now.loss == plain.loss
+
+
+@pytest.mark.parametrize("micro_batch", [None, 16])
+def test_running_statistics_forget_their_initial_values(micro_batch):
+    config = replace(
+        PLAIN, model="resnet8", lr=0.0, steps=8, micro_batch=micro_batch, augment=False, precision="float32"
+    )
+    trainer = Trainer(config, images(side=8))
+    moments: list[torch.Tensor] = []
+    stem = trainer.model.blocks[0].bn1
+    stem.register_forward_hook(lambda m, args, out: moments.append(args[0].detach().mean((0, 2, 3))))
+    expected = torch.zeros(16)
+    for t in range(8):
+        moments.clear()
+        trainer.train_step()
+        expected.lerp_(torch.stack(moments).mean(0), 9 / (10 + t))
+    # The modules weigh the parts of one batch by their own momentum of 0.01, that is nearly alike.
+    torch.testing.assert_close(stem.running_mean, expected, rtol=1e-4, atol=1e-4 if micro_batch is None else 1e-2)
+    assert stem.momentum == 0.01
+
+
+def test_in_long_runs_running_statistics_are_those_of_torch():
+    model = nn.BatchNorm1d(3, momentum=0.1)
+    plain = nn.BatchNorm1d(3, momentum=0.1)
+    statistics = RunningStatistics(model)
+    for t in range(81, 90):
+        inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(t))
+        with statistics.following(t, updates=1):
+            model(inputs)
+        plain(inputs)
+    assert torch.equal(model.running_var, plain.running_var)
 
 
 def test_label_smoothing_is_for_training_only():

@@ -24,6 +24,7 @@ from conjugo.optim import WeightEMA
 from conjugo.optim.schedules import ScheduleLR, WarmupCosine, WarmupPolynomial
 from conjugo.training import data as datasets
 from conjugo.training import models, optimizers
+from conjugo.training.batch_norm import RunningStatistics
 from conjugo.training.batches import Feed
 from conjugo.training.config import TrainConfig, TrainResult, finite
 from conjugo.training.guard import Guard
@@ -114,6 +115,7 @@ class Trainer:
             needs_loss=optimizers.entry(config.optimizer).needs_loss,
         )
         self.ema = None if config.ema is None else WeightEMA(self.model, config.ema)
+        self.statistics = RunningStatistics(self.model)
 
         self.step = 0
         self.clock = Clock(self.device)
@@ -136,15 +138,16 @@ class Trainer:
     def train_step(self) -> None:
         """Draw a batch, sum the gradients of its micro-batches, and take one step of the optimizer."""
         indices = next(self.sampler)
+        parts = torch.split(indices, self.config.micro_batch or self.batch_size)
         self.optimizer.zero_grad()
         batch_loss = torch.zeros((), device=self.device)
-        for part in torch.split(indices, self.config.micro_batch or self.batch_size):
-            inputs, targets = self.train_data.take(part)
-            loss = self.loss(inputs, targets)
-            weight = len(part) / len(indices)
-            # NaN for a loss that is not finite: then all gradients are NaN, and no optimizer moves.
-            torch.autograd.backward(loss, weight + 0.0 * loss.detach())
-            batch_loss += weight * loss.detach()
+        with self.statistics.following(self.step, updates=len(parts)):
+            for part in parts:
+                loss = self.loss(*self.train_data.take(part))
+                weight = len(part) / len(indices)
+                # NaN for a loss that is not finite: then the gradients are NaN too, and no optimizer moves.
+                torch.autograd.backward(loss, weight + 0.0 * loss.detach())
+                batch_loss += weight * loss.detach()
         self.step += 1
         self.loss_sum += batch_loss
         self.loss_steps += 1
