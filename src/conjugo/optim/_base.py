@@ -124,6 +124,8 @@ class Optimizer(torch.optim.Optimizer):
             self._check_group(group)
             for p in group["params"]:
                 values = saved[p].values if p in saved else {}
+                if not values and not p.requires_grad:  # torch.distributed.checkpoint drops what belongs to frozen ones
+                    values = self._init_state(p, group)
                 self._check_fits(p, values)
                 pairs.append((p, group, values))
         with torch.no_grad():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,10 +48,8 @@ class LayerwiseOptimizer(Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """Steps left out because a gradient was not finite: 0-d int64, on the device of the first parameter."""
-        first = next(p for group in self.param_groups for p in group["params"])
-        count: Tensor = self.state[first]["skipped_steps"]
-        return count
+        """Steps left out because a gradient was not finite: 0-d int64, on the device of the parameters."""
+        return torch.stack(self._counters()).max()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -79,8 +78,11 @@ class LayerwiseOptimizer(Optimizer):
         return loss
 
     def _count_skipped(self, ok: Tensor) -> None:
-        counters = [self.state[p]["skipped_steps"] for group in self.param_groups for p in group["params"]]
-        torch._foreach_add_(counters, torch.logical_not(ok).to(torch.int64))
+        counters = self._counters()
+        torch._foreach_add_(counters, [torch.logical_not(ok).to(torch.int64)] * len(counters))
+
+    def _counters(self) -> list[Tensor]:
+        return [self.state[p]["skipped_steps"] for group in self.param_groups for p in group["params"]]
 
     def _ratios(self, group: Group, params: list[Tensor], weight_norms: Array, others: Array) -> Array:
         """The trust ratio of each parameter, [n]: of its norm with *others*, or 1 for a vector that is not to adapt."""
@@ -90,6 +92,7 @@ class LayerwiseOptimizer(Optimizer):
         return ratios
 
 
+@np.errstate(over="ignore", invalid="ignore")  # weights beyond all bounds: inf and NaN, as in torch
 def trust_ratio(numerator: Array, denominator: Array, defined: Array, bounds: tuple[float, float]) -> Array:
     """numerator / denominator where *defined*, else 1, clamped to *bounds*; all of one shape."""
     xp = namespace(denominator)
@@ -113,11 +116,9 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(real, 2, wide))
 
 
-def choose(ok: Tensor, value: float | Tensor, otherwise: float) -> Tensor:
-    """*value* if *ok* (0-d bool), else *otherwise*: 0-d float64, without a copy from or to the host."""
-    if not isinstance(value, Tensor):
-        value = torch.full((), value, dtype=torch.float64, device=ok.device)
-    return torch.where(ok, value.to(torch.float64), otherwise)
+def choose(ok: Tensor, value: float, otherwise: float, like: Tensor) -> Tensor:
+    """*value* if *ok* (0-d bool), else *otherwise*: 0-d, in the type of *like* (foreach is slow with any other)."""
+    return torch.where(ok, torch.full((), value, dtype=like.dtype, device=ok.device), otherwise)
 
 
 def masked(params: list[Tensor], *, ok: Tensor, maximize: bool) -> list[Tensor]:

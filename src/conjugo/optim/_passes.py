@@ -122,7 +122,8 @@ def _effective(block: Block, scales: Sequence[Scale]) -> list[Tensor]:
         torch._foreach_add_(xs, ps, alpha=decay)
         return list(xs)
     return [
-        g if scale == (1.0, 0.0) else g * scale[0] + p * scale[1] for g, p, scale in zip(gs, ps, scales, strict=True)
+        g if isinstance(scale[0], float) and scale == (1.0, 0.0) else g * scale[0] + p * scale[1]
+        for g, p, scale in zip(gs, ps, scales, strict=True)
     ]
 
 

@@ -110,13 +110,13 @@ class LAMB(LayerwiseOptimizer):
         states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
         means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         updates = masked(params, ok=ok, maximize=group["maximize"])
-        torch._foreach_mul_(means, choose(ok, beta1, 1.0))
+        torch._foreach_mul_(means, choose(ok, beta1, 1.0, means[0]))
         torch._foreach_add_(means, updates, alpha=1 - beta1)
-        torch._foreach_mul_(squares, choose(ok, beta2, 1.0))
+        torch._foreach_mul_(squares, choose(ok, beta2, 1.0, squares[0]))
         torch._foreach_addcmul_(squares, updates, updates, value=1 - beta2)
 
         steps = [s["step"] for s in states]
-        torch._foreach_add_(steps, ok.to(torch.float64))
+        torch._foreach_add_(steps, [ok.to(torch.float64)] * len(steps))
         t = torch.stack(steps).clamp_(min=1)
         torch._foreach_copy_(updates, squares)
         torch._foreach_sqrt_(updates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -118,10 +119,10 @@ class LARS(LayerwiseOptimizer):
         if group["weight_decay"]:
             torch._foreach_add_(updates, ws, alpha=group["weight_decay"])
         torch._foreach_mul_(updates, list((ratios * group["lr"]).unbind()))
-        torch._foreach_mul_(velocities, choose(ok, momentum, 1.0))
+        torch._foreach_mul_(velocities, choose(ok, momentum, 1.0, velocities[0]))
         torch._foreach_add_(velocities, updates)
         if group["nesterov"]:
-            torch._foreach_addcmul_(updates, velocities, [choose(ok, momentum, 0.0)] * len(params))
+            torch._foreach_add_(updates, torch._foreach_mul(velocities, choose(ok, momentum, 0.0, velocities[0])))
         else:
             torch._foreach_copy_(updates, velocities)
             torch._foreach_mul_(updates, ok)
@@ -138,6 +139,7 @@ class LARS(LayerwiseOptimizer):
         )
 
 
+@np.errstate(over="ignore", invalid="ignore")  # weights beyond all bounds: inf and NaN, as in torch
 def lars_trust_ratio(
     weight_norm: Array,
     grad_norm: Array,

@@ -250,9 +250,9 @@ class NLCG(Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """Steps left out because a gradient or the loss was not finite: 0-d int64, on the device of the parameters."""
-        first = next(p for group in self.param_groups for p in group["params"])
-        count: Tensor = Scalars(*self.state[first]["scalars"]).skipped
-        return count.to(torch.int64)
+        column = Scalars._fields.index("skipped")
+        counts = [self.state[p]["scalars"][column] for group in self.param_groups for p in group["params"]]
+        return torch.stack(counts).max().to(torch.int64)
 
     @property
     def last(self) -> dict[str, Tensor]:

@@ -171,7 +171,7 @@ class DiagonalBFGS(Preconditioner):
         torch._foreach_addcmul_(hs, s, s, value=-1)
         torch._foreach_addcmul_(hs, y, y)
         if self.reference:
-            torch._foreach_add_(hs, shift)
+            torch._foreach_add_(hs, [shift] * len(hs))  # a bare scalar would be read on the host
             torch._foreach_abs_(hs)
         torch._foreach_clamp_min_(hs, low)
         torch._foreach_clamp_max_(hs, high)

@@ -1,0 +1,88 @@
+"""Parameters, gradients and comparisons for the contract tests."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from tests.contract.rows import Row
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+SHAPES = ((3, 4), (3,), (2, 3, 2))
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[nn.Parameter]:
+    """Parameters with values near 1 (always the same); *shapes* default to a matrix, a vector and a tensor."""
+    generator = torch.Generator().manual_seed(1)
+    values = [1 + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes or SHAPES]
+    if dtype.is_complex:
+        values = [v * (1 + 0.5j) for v in values]
+    return [nn.Parameter(v.to(dtype).to(device)) for v in values]
+
+
+def gradient(p: Tensor, i: int, t: int) -> Tensor:
+    """A gradient for parameter *i* in step *t*: of a quadratic, with a disturbance; in the layout of *p*."""
+    wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) + t + i).reshape(p.shape)
+    values = (i + 1) * p.detach().to(torch.complex128 if p.is_complex() else torch.float64) + 0.3 * wave.to(p.device)
+    return torch.empty_like(p).copy_(values)
+
+
+def train(row: Row, optimizer: Optimizer, params: list[nn.Parameter], steps: int, start: int = 0) -> list[nn.Parameter]:
+    """*steps* steps on :func:`gradient`, from step *start* on."""
+    for t in range(start, start + steps):
+        for i, p in enumerate(params):
+            p.grad = gradient(p, i, t)
+        row.step(optimizer, loss=1 + 0.1 * (t % 3))
+    return params
+
+
+def snapshot(optimizer: Optimizer) -> tuple[list[Tensor], dict[str, Any]]:
+    """Copies of the parameters and of the whole state."""
+    params = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    return params, copy.deepcopy(optimizer.state_dict())
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of dicts, lists and tensors are equal bit for bit (NaN equals NaN), types included."""
+    if isinstance(a, Tensor):
+        return (
+            isinstance(b, Tensor)
+            and (a.dtype, a.shape) == (b.dtype, b.shape)
+            and torch.equal(torch.nan_to_num(a.detach()), torch.nan_to_num(b.detach()))
+            and torch.equal(a.isnan(), b.isnan())
+        )
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return bool(a == b)
+
+
+def without_counters(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict less the counts of skipped steps (for NLCG the last of its scalars)."""
+    return {
+        key: {
+            name: value[:-1] if name == "scalars" else value
+            for name, value in values.items()
+            if name != "skipped_steps"
+        }
+        for key, values in state["state"].items()
+    }
+
+
+class Regression:
+    """Least squares with a matrix and a bias: convex, condition number about 10, minimum 0."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(2)
+        self.inputs = torch.randn(64, 4, generator=generator, dtype=torch.float64).to(dtype)
+        truth = torch.randn(3, 4, generator=generator, dtype=torch.float64).to(dtype)
+        self.targets = self.inputs @ truth.T + 0.5
+        self.weight = nn.Parameter(torch.full((3, 4), 0.1, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(3, dtype=dtype))
+        self.params = [self.weight, self.bias]
+
+    def loss(self) -> Tensor:
+        return (self.inputs @ self.weight.T + self.bias - self.targets).square().mean()

@@ -1,0 +1,190 @@
+"""The table of the contract: one row for each optimizer, with what it can and, where it cannot, why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW, Optimizer
+
+from conjugo.optim import LAMB, LARS, NLCG
+from conjugo.optim._fused import kernels
+
+CLAUSES = {
+    "state from the start": "all state is allocated by the constructor",
+    "own state type": "state of bfloat16 parameters is float32, and stays so when it is loaded",
+    "skips what is not finite": "a step with NaN or infinity anywhere changes nothing, and is counted in skipped_steps",
+    "dense only": "sparse gradients are refused",
+    "names what is wrong": "bad options are refused with owner, argument, value and range; integer parameters too",
+    "stays without gradient": "a parameter whose gradient is missing in some step is left alone in that step",
+    "no host": "a step reads no value from the device on the host",
+}
+"""The clauses from which a row may be exempt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An optimizer and how to use it.
+
+    lr solves the convex problem of :mod:`tests.contract.problems`. vectors: state tensors of a parameter's own shape.
+    implementations: options that choose how the same step is computed; the first one is the specification. errors: bad
+    options with what the message must say. exempt: clauses that do not hold, each with the reason.
+    """
+
+    name: str
+    factory: Callable[..., Optimizer]
+    lr: float
+    vectors: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs_loss: bool = False
+    implementations: Sequence[Mapping[str, Any]] = ({"foreach": False}, {"foreach": True})
+    errors: Sequence[tuple[Mapping[str, Any], str]] = ()
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert set(self.exempt) <= set(CLAUSES)
+
+    def make(self, params: Any, **options: Any) -> Optimizer:
+        return self.factory(params, **{"lr": self.lr, **self.options, **options})
+
+    def step(self, optimizer: Optimizer, loss: torch.Tensor | float = 1.0) -> None:
+        """One step; the gradients are there."""
+        optimizer.step(**({"loss": loss} if self.needs_loss else {}))
+
+
+def rows(clause: str | None = None) -> pytest.MarkDecorator:
+    """The rows for which *clause* holds (or all) as the parameter ``row``."""
+    assert clause is None or clause in CLAUSES
+    return pytest.mark.parametrize("row", [r for r in ROWS if clause not in r.exempt], ids=lambda row: row.name)
+
+
+def implementations(clause: str | None = None) -> pytest.MarkDecorator:
+    """Like :func:`rows`, once for each way in which a row's step is computed."""
+    assert clause is None or clause in CLAUSES
+    variants = [
+        replace(r, name=f"{r.name}, {_words(chosen)}", options={**r.options, **chosen})
+        for r in ROWS
+        if clause not in r.exempt
+        for chosen in r.implementations
+    ]
+    return pytest.mark.parametrize("row", variants, ids=lambda row: row.name)
+
+
+def _words(chosen: Mapping[str, Any]) -> str:
+    return "".join(name for name, value in chosen.items() if value) or "plain"
+
+
+_LAYERWISE = (
+    ({"lr": -0.1}, r"{}: lr must be a finite number >= 0 \(float or 0-d tensor\), got -0.1"),
+    ({"lr": math.nan}, "{}: lr must be .*, got nan"),
+    ({"lr": torch.ones(2)}, r"{}: lr must be .*, got tensor\(\[1., 1.\]\)"),
+    ({"weight_decay": -1.0}, r"{}: weight_decay must be in \[0, inf\), got -1.0"),
+    ({"weight_decay": math.nan}, "{}: weight_decay must be"),
+    ({"trust_bounds": (2.0, 1.0)}, r"{}: trust_bounds must be a pair .* got \(2.0, 1.0\)"),
+    ({"trust_bounds": (1.0,)}, "{}: trust_bounds must be a pair"),
+)
+_LARS = (
+    ({"momentum": 1.0}, r"LARS: momentum must be in \[0, 1\), got 1.0"),
+    ({"momentum": 0.0, "nesterov": True}, "LARS: momentum must be positive with nesterov=True, got 0.0"),
+    ({"trust_coefficient": 0.0}, r"LARS: trust_coefficient must be in \(0, inf\), got 0.0"),
+    ({"eps": -1.0}, r"LARS: eps must be in \[0, inf\), got -1.0"),
+)
+_LAMB = (
+    ({"betas": (0.9, 1.0)}, r"LAMB: betas must be a pair in \[0, 1\), got \(0.9, 1.0\)"),
+    ({"betas": (0.9,)}, "LAMB: betas must be a pair"),
+    ({"eps": 0.0}, r"LAMB: eps must be in \(0, inf\), got 0.0"),
+)
+_NLCG = (
+    ({"lr": -0.1}, "NLCG: lr must be a finite number >= 0 .*, got -0.1"),
+    ({"lr": math.inf}, "NLCG: lr must be .*, got inf"),
+    ({"rule": "frr"}, "unknown NLCG rule 'frr'; did you mean 'fr'"),
+    ({"precond": "bfgss"}, "unknown NLCG precond 'bfgss'; did you mean 'bfgs'"),
+    ({"line_search": "onlin"}, "unknown NLCG line_search 'onlin'; did you mean 'online'"),
+    ({"period": 0}, "NLCG: period must be an integer >= 1, got 0"),
+    ({"threshold": 0.0}, "NLCG: threshold must be .*, got 0.0"),
+    ({"weight_decay": -1.0}, r"NLCG: weight_decay must be in \[0, inf\), got -1.0"),
+    ({"lars": 0.0}, r"NLCG: lars must be None or in \(0, inf\), got 0.0"),
+    ({"beta_max": 1.5}, r"NLCG: beta_max must be in \[0, 1\], got 1.5"),
+    ({"h0": 0.0}, "NLCG: h0 must be .*, got 0.0"),
+    ({"h_bounds": (0.0, 1.0)}, r"NLCG: h_bounds must be \(low, high\) with 0 < low < high, got \(0.0, 1.0\)"),
+)
+
+_TORCH = {
+    "state from the start": "torch allocates in the first step",
+    "own state type": "torch keeps state in the parameter's type and casts what is loaded",
+    "skips what is not finite": "torch leaves that to GradScaler and the training loop",
+    "names what is wrong": "torch has messages of its own",
+    "no host": "AdamW reads its step counter on the host unless capturable",
+}
+_FIXED_SET = "beta compares gradients of the same parameters, so a set that changes is refused"
+_ON_HOST = ({"foreach": False, "fused": False}, {"foreach": True, "fused": False}) + (
+    ({"fused": True},) if kernels else ()
+)
+
+
+def _nlcg(name: str, vectors: int, *, lr: float = 0.5, exempt: Mapping[str, str] | None = None, **options: Any) -> Row:
+    searching = options.get("line_search", "none") != "none"
+    return Row(
+        name=f"NLCG {name}",
+        factory=NLCG,
+        lr=lr,
+        vectors=vectors,
+        options=options,
+        needs_loss=searching,
+        implementations=_ON_HOST,
+        errors=() if options else _NLCG,
+        exempt={"stays without gradient": _FIXED_SET} | dict(exempt or {}),
+    )
+
+
+ROWS = (
+    Row(
+        name="SGD with momentum",
+        factory=SGD,
+        lr=0.05,
+        vectors=1,
+        options={"momentum": 0.9},
+        exempt={**_TORCH, "dense only": "torch's SGD takes sparse gradients"},
+    ),
+    Row(name="AdamW", factory=AdamW, lr=0.1, vectors=2, options={"weight_decay": 0.0}, exempt=_TORCH),
+    Row(
+        name="LARS",
+        factory=LARS,
+        lr=3.0,
+        vectors=1,
+        options={"trust_coefficient": 0.005},
+        errors=_LARS + tuple((bad, message.format("LARS")) for bad, message in _LAYERWISE),
+    ),
+    Row(
+        name="LARS nesterov",
+        factory=LARS,
+        lr=2.0,
+        vectors=1,
+        options={"nesterov": True, "trust_coefficient": 0.003, "weight_decay": 1e-4},
+    ),
+    Row(
+        name="LAMB",
+        factory=LAMB,
+        lr=0.2,
+        vectors=2,
+        errors=_LAMB + tuple((bad, message.format("LAMB")) for bad, message in _LAYERWISE),
+    ),
+    Row(name="LAMB everywhere", factory=LAMB, lr=0.2, vectors=2, options={"adapt_vectors": True, "weight_decay": 1e-4}),
+    _nlcg("fr bfgs", 3),
+    _nlcg("fr", 1, precond="none"),
+    _nlcg("pr bfgs", 3, rule="pr"),
+    _nlcg("pr", 2, rule="pr", precond="none"),
+    _nlcg("online", 3, line_search="online"),
+    _nlcg("step", 3, line_search="step", period=3),
+    _nlcg("reference", 3, mode="reference"),
+    _nlcg("reference step", 3, mode="reference", line_search="step"),
+    _nlcg("per group", 3, scope="group"),
+    _nlcg("per tensor", 3, scope="tensor"),
+    _nlcg("decoupled", 3, weight_decay=1e-4, decoupled=True),
+    _nlcg("lars", 3, lr=2.0, lars=0.01),
+    _nlcg("restarts", 3, restart_on_ascent=True, beta_max=0.9, weight_decay=1e-4),
+)
