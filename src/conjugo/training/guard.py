@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Guard:
         on_host = self._params[0].device.type == "cpu"
         self._takes_found_inf = not on_host and all(group.get("fused") for group in optimizer.param_groups)
         self._window = 1 if on_host else max_skipped
-        self._seen: list[Tensor] = []  # per step since the last check: 0-d, how many steps were skipped up to here
+        self._seen: list[Tensor | int] = []  # per step since the last check: how many steps were skipped up to here
         self._buffers = list(model.buffers())
         self._good_buffers = [b.clone() for b in self._buffers]
 
@@ -56,34 +57,44 @@ class Guard:
 
         Raises TrainingDiverged after *max_skipped* skipped steps in a row.
         """
-        norm = None
         if self._clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self._params, self._clip_norm)
+            nn.utils.clip_grad_norm_(self._params, self._clip_norm)
         if self._skips_itself:
-            arguments: dict[str, Any] = {"loss": loss} if self._needs_loss else {}
-            self._optimizer.step(**arguments)
-            self._seen.append(self._optimizer.skipped_steps.clone())  # type: ignore[attr-defined]
+            self._step_by_itself(loss)
         else:
-            self._step_if_finite(_norm(self._params) if norm is None else norm)
+            self._step_if_finite(loss)
         if len(self._seen) >= self._window:
             self.check()
 
-    def _step_if_finite(self, norm: Tensor) -> None:
-        bad = torch.isfinite(norm).logical_not_()
+    def _step_by_itself(self, loss: Tensor) -> None:
+        grads = [p.grad for p in self._params if p.grad is not None]
+        grads[-1].add_(0.0 * loss)  # NaN if the loss is not finite: the optimizer may look at the gradients only
+        arguments: dict[str, Any] = {"loss": loss} if self._needs_loss else {}
+        self._optimizer.step(**arguments)
+        self._seen.append(self._optimizer.skipped_steps.clone())  # type: ignore[attr-defined]
+
+    def _step_if_finite(self, loss: Tensor) -> None:
+        norms = torch._foreach_norm([p.grad for p in self._params if p.grad is not None])
+        total = torch.stack([*norms, loss.to(norms[0].dtype)]).sum()  # finite if all gradients and the loss are
+        before = self._seen[-1] if self._seen else self.skipped
         # Not in the first step: fused SGD would leave its momentum buffers uninitialised, and use them in the second.
         if self._takes_found_inf and self._optimizer.state:
+            bad = torch.isfinite(total).logical_not_()
             self._optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        elif bad:
-            self._optimizer.zero_grad()  # a step without gradients changes nothing
+            self._seen.append(before + bad)
+        else:
+            finite = math.isfinite(total.item())
+            if not finite:
+                self._optimizer.zero_grad()  # a step without gradients changes nothing
+            self._seen.append(before + (not finite))
         self._optimizer.step()
-        self._seen.append(bad + (self._seen[-1] if self._seen else self.skipped))
 
     def check(self) -> None:
         """Read what happened since the last check; raises TrainingDiverged."""
         if not self._seen:
             return
         before = self.skipped
-        for skipped in torch.stack(self._seen).tolist():
+        for skipped in map(int, self._seen):
             self._in_a_row = self._in_a_row + 1 if skipped > self.skipped else 0
             self.skipped = skipped
             if self._in_a_row >= self._max_skipped:
@@ -109,10 +120,3 @@ class Guard:
         self._in_a_row = state_dict["in_a_row"]
         for good, buffer in zip(self._good_buffers, self._buffers):
             good.copy_(buffer)
-
-
-def _norm(params: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients (0-d); finite only if all of them are."""
-    norms = torch._foreach_norm([p.grad for p in params if p.grad is not None])
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total

@@ -90,16 +90,7 @@ class Trainer:
         self.device = choose_device(config.device)
 
         torch.manual_seed(config.seed)
-        name = config.model or models.default_for(data)
-        self.model = models.build(name, input_shape=data.input_shape, num_classes=data.num_classes).to(self.device)
-        convolutional = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
-        self.channels_last = convolutional if config.channels_last is None else config.channels_last
-        if self.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        wanted = {"float32": False, "bfloat16": True, "auto": convolutional and pays_bfloat16(self.device)}
-        self.bfloat16 = wanted[config.precision]
-        self.forward = torch.compile(self.model) if config.compile else self.model
-
+        self._build_model(data)
         augment = datasets.default_augment(data) if data.kind == "image" else None
         self.train_data = self._feed(data.train, augment, random=config.augment)
         self.test_data = self._feed(data.test, augment, random=False)
@@ -123,6 +114,19 @@ class Trainer:
         self.loss_steps = 0
         self.history: list[Record] = []
 
+    def _build_model(self, data: datasets.Dataset) -> None:
+        """The model on its device, in the precision and memory layout that pay there."""
+        config = self.config
+        name = config.model or models.default_for(data)
+        self.model = models.build(name, input_shape=data.input_shape, num_classes=data.num_classes).to(self.device)
+        convolutional = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
+        self.channels_last = convolutional if config.channels_last is None else config.channels_last
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        wanted = {"float32": False, "bfloat16": True, "auto": convolutional and pays_bfloat16(self.device)}
+        self.bfloat16 = wanted[config.precision]
+        self.forward = torch.compile(self.model) if config.compile else self.model
+
     def _feed(self, split: datasets.Split, augment: datasets.Augment | None, *, random: bool) -> Feed:
         return Feed(
             split,
@@ -140,14 +144,15 @@ class Trainer:
         indices = next(self.sampler)
         parts = torch.split(indices, self.config.micro_batch or self.batch_size)
         self.optimizer.zero_grad()
-        batch_loss = torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
         with self.statistics.following(self.step, updates=len(parts)):
             for part in parts:
                 loss = self.loss(*self.train_data.take(part))
-                weight = len(part) / len(indices)
-                # NaN for a loss that is not finite: then the gradients are NaN too, and no optimizer moves.
-                torch.autograd.backward(loss, weight + 0.0 * loss.detach())
-                batch_loss += weight * loss.detach()
+                if len(parts) > 1:
+                    loss = loss * (len(part) / len(indices))
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.detach())
+        batch_loss = sum(losses[1:], losses[0])
         self.step += 1
         self.loss_sum += batch_loss
         self.loss_steps += 1
