@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from tests.contract.rows import Row
 from torch import Tensor, nn
@@ -45,19 +46,31 @@ def snapshot(optimizer: Optimizer) -> tuple[list[Tensor], dict[str, Any]]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nests of dicts, lists and tensors are equal bit for bit (NaN equals NaN), types included."""
-    if isinstance(a, Tensor):
-        return (
-            isinstance(b, Tensor)
-            and (a.dtype, a.shape) == (b.dtype, b.shape)
-            and torch.equal(torch.nan_to_num(a.detach()), torch.nan_to_num(b.detach()))
-            and torch.equal(a.isnan(), b.isnan())
-        )
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return bool(a == b)
+    """Whether two nests of dicts, lists and tensors are equal bit for bit, types included."""
+    return not difference(a, b)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Fail, with the place of the first difference, unless :func:`same`."""
+    __tracebackhide__ = True
+    if found := difference(a, b):
+        pytest.fail(f"differs at {found}")
+
+
+def difference(a: Any, b: Any, place: str = "top") -> str:
+    """Where *a* and *b* differ first; an empty string if nowhere."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        equal = a.dtype == b.dtype and torch.equal(a.detach(), b.detach())
+        return "" if equal else f"{place}: {a.detach()} and {b.detach()}"
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return f"{place}: keys {sorted(map(str, a))} and {sorted(map(str, b))}"
+        return next(filter(None, (difference(a[key], b[key], f"{place}.{key}") for key in a)), "")
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return f"{place}: {len(a)} and {len(b)} items"
+        return next(filter(None, (difference(x, y, f"{place}[{i}]") for i, (x, y) in enumerate(zip(a, b)))), "")
+    return "" if a == b else f"{place}: {a!r} and {b!r}"
 
 
 def without_counters(state: dict[str, Any]) -> dict[str, Any]:

@@ -62,16 +62,26 @@ def rows(clause: str | None = None) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", [r for r in ROWS if clause not in r.exempt], ids=lambda row: row.name)
 
 
-def implementations(clause: str | None = None) -> pytest.MarkDecorator:
-    """Like :func:`rows`, once for each way in which a row's step is computed."""
+def variants(clause: str | None = None) -> list[Row]:
+    """The rows for which *clause* holds, once for each way in which the step is computed."""
     assert clause is None or clause in CLAUSES
-    variants = [
+    return [
         replace(r, name=f"{r.name}, {_words(chosen)}", options={**r.options, **chosen})
         for r in ROWS
         if clause not in r.exempt
         for chosen in r.implementations
     ]
-    return pytest.mark.parametrize("row", variants, ids=lambda row: row.name)
+
+
+def implementations(clause: str | None = None) -> pytest.MarkDecorator:
+    """Like :func:`rows`, with :func:`variants`."""
+    return pytest.mark.parametrize("row", variants(clause), ids=lambda row: row.name)
+
+
+def cases(argument: str, clause: str | None, values: Callable[[Row], Sequence[Any]]) -> pytest.MarkDecorator:
+    """The parameters ``row`` and *argument*: all :func:`variants`, each with those *values* that concern it."""
+    found = [pytest.param(row, value, id=f"{row.name}, {value}") for row in variants(clause) for value in values(row)]
+    return pytest.mark.parametrize(("row", argument), found)
 
 
 def _words(chosen: Mapping[str, Any]) -> str:

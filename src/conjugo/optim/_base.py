@@ -153,6 +153,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpickling = "state" not in self.__dict__  # torch's load_state_dict comes here too
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch has just added; no optimizer here knows it
         if unpickling:
             self._warned_capturable_if_run_uncaptured = True
             self._state_replaced()

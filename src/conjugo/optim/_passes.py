@@ -122,7 +122,7 @@ def _effective(block: Block, scales: Sequence[Scale]) -> list[Tensor]:
         torch._foreach_add_(xs, ps, alpha=decay)
         return list(xs)
     return [
-        g if isinstance(scale[0], float) and scale == (1.0, 0.0) else g * scale[0] + p * scale[1]
+        g if isinstance(scale[0], float) and scale == (1.0, 0.0) else (g * scale[0] + p * scale[1]).to(dtype)
         for g, p, scale in zip(gs, ps, scales, strict=True)
     ]
 
