@@ -77,6 +77,16 @@ def test_after_ctrl_c_the_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "result.json").exists()
 
 
+def test_dropout_goes_on_where_it_was():
+    first = Trainer(TABLE, table())
+    first.train_step()
+    state = first.state_dict()
+    expected = torch.rand(5)
+    second = Trainer(TABLE, table())
+    second.load_state_dict(state)
+    assert torch.equal(torch.rand(5), expected)
+
+
 def test_ctrl_c_writes_a_checkpoint_of_that_step_and_is_handed_on(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     interrupt_after(monkeypatch, 7)

@@ -268,6 +268,16 @@ def test_skipped_steps_leave_no_trace(optimizer, on_gpu):
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "rmsprop", "lars", "nlcg"])
+def test_a_loss_that_is_not_finite_is_enough(optimizer):
+    model, guard = guarded(optimizer)
+    before = weights(model)
+    model(torch.randn(16, 4)).square().mean().backward()
+    guard.step(torch.tensor(math.inf))
+    assert guard.skipped == 1
+    assert equal(weights(model), before)
+
+
 def test_on_a_gpu_what_was_skipped_is_seen_at_the_next_check():
     model, guard = guarded("momentum", on_gpu=True)
     bad, good = torch.full((16, 4), math.inf), torch.randn(16, 4)
