@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from conjugo.errors import check, unknown
 from conjugo.studies.plans import FIRST_TUNING_SEED, best_trial
 from conjugo.studies.records import Run, Task
 from conjugo.studies.runs import Contender
-
-if TYPE_CHECKING:
-    from conjugo.training import TrainConfig
+from conjugo.training.config import TrainConfig
 
 __all__ = ["CellResult", "CompareConfig", "CompareResult"]
 
@@ -22,13 +20,22 @@ __all__ = ["CellResult", "CompareConfig", "CompareResult"]
 class CompareConfig:
     """Everything that a comparison depends on; equal configurations give equal results on the same machine.
 
-    train: what all runs have in common (data, model, epochs, schedule, ...). Its optimizer, lr, optimizer_options,
-    batch_size, steps, evaluations, checkpoints and seed are set by the comparison. batch_sizes: examples per step;
-    "full" is all training examples. trials: tuning runs per cell. seeds: fresh runs per cell. validation: fraction of
-    the training data that tuning is judged on. target: accuracy (fraction) of the steps-to-target columns; None takes
-    the baseline's mean at the smallest batch less one point. baseline: the optimizer that the others are tested
-    against. evaluations: points of a learning curve. train_limit, test_limit: use only the first so many examples.
-    threads: PyTorch threads per run (they change rounding).
+    Args:
+        train: What all runs have in common (data, model, epochs, schedule, ...). Its optimizer, lr, optimizer_options,
+            batch_size, steps, evaluations, checkpoints and seed are set by the comparison.
+        optimizers: Names of the catalogue.
+        batch_sizes: Examples per step; full for all of the training data.
+        trials: Tuning runs per optimizer and batch size.
+        seeds: Fresh runs per optimizer and batch size, with the best setting.
+        seed: Everything random begins here.
+        validation: Fraction of the training data that tuning is judged on.
+        target: Accuracy (fraction) of the steps-to-target columns; None: the baseline's mean at the smallest batch less one
+            point.
+        baseline: The optimizer that the others are tested against.
+        evaluations: Points of a learning curve.
+        train_limit: Use only the first so many training examples.
+        test_limit: Use only the first so many test examples.
+        threads: CPU threads of torch per run (they change rounding).
 
     Raises UnknownName for a name that does not exist and ValueError for a value out of its range.
     """
@@ -89,8 +96,6 @@ class CompareConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`."""
-        from conjugo.training import TrainConfig
-
         lists = {key: tuple(data[key]) for key in ("optimizers", "batch_sizes")}
         return cls(**{**data, **lists, "train": TrainConfig.from_dict(data["train"])})
 

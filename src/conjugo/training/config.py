@@ -23,29 +23,41 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class TrainConfig:
     """Everything that a training run depends on: equal configurations give equal runs on one machine.
 
-    Data: *data* is a name of :func:`conjugo.training.data.names`; *data_root* the folder to look in; *image_size* the
-    side to which encoded images are scaled; *download*: fetch an official archive that is absent.
-
-    Method: *model* (None: the usual one for the data), *optimizer* and *optimizer_options* by their catalogue names;
-    *lr* (None: the catalogue's), *weight_decay*, *decay_norm_and_bias* (False: none on parameters with one dimension),
-    *clip_norm* (upper limit of the gradient's norm, or None), *label_smoothing* (0 to 1), *augment* (random crops and
-    flips where the data allow them), *ema* (limit of the decay of a running average of the weights, with which
-    evaluations are made, or None).
-
-    Length: *batch_size* examples per step, ``"full"`` for all of them. *micro_batch*: examples sent through the model
-    at once (None: the whole batch); their gradients are added up, each example with equal weight. *epochs* times the
-    training data, rounded to whole steps, or exactly *steps*. *schedule*: ``"polynomial"`` is warm-up with power 1/2
-    and drops to 1/10 and 1/100 at 51 % and 76.5 % of the steps (Adya, Palakkode & Tuzel 2018), ``"cosine"`` a linear
-    warm-up and half a cosine down to 0, ``"constant"`` a warm-up with power 1/2 and nothing else. *warmup*: its
-    fraction of the steps, rounded down to whole steps.
-
-    Measures: *evaluations* and *checkpoints* are how many there are, evenly spaced, the last at the end (no checkpoints:
-    only where the run is interrupted); the newest *keep* checkpoints stay. *max_skipped*: after so many steps in a row
-    whose loss or gradient is not finite training stops. *tensorboard*: write such a log too.
-
-    Machine: *precision* ``"bfloat16"`` is autocast, ``"auto"`` that where it pays (convolutional models on hardware
-    with bfloat16 units); *channels_last* memory layout (None: where it pays); *compile* with torch.compile; *seed*;
-    *device* (``"auto"``: a GPU if there is one); *threads* of the CPU (None: as they are).
+    Args:
+        data: Data set: digits, cifar10, cifar100, mnist, folder, ... (conjugo data list).
+        data_root: Folder to look for the data in.
+        image_size: Side in pixels to which encoded images are scaled; None: they have one size.
+        download: Fetch an official archive that is absent.
+        model: mlp, cnn, resnet8, resnet20, resnet32, resnet56 (v1 behind the name: the original form), resnet50; None: the
+            usual one for the data.
+        optimizer: nlcg (nlcg-step, nlcg-fr, nlcg-pr), sgd, momentum, nesterov, adamw, rmsprop, lars, lamb.
+        lr: Highest learning rate; None: the usual one of the optimizer.
+        weight_decay: Coefficient of the weight decay, in the way of the optimizer.
+        optimizer_options: Other options of the optimizer, by name.
+        batch_size: Examples per step, or full for all of the training data.
+        micro_batch: Examples sent through the model at once; the gradients of a batch are added up, each example with
+            equal weight. None: the whole batch.
+        epochs: Times that the training data is gone through, rounded to whole steps.
+        steps: Steps, instead of epochs.
+        schedule: polynomial: warm-up with power 1/2, drops to 1/10 and 1/100 at 51 % and 76.5 % of the steps (Adya,
+            Palakkode & Tuzel 2018); cosine: linear warm-up, half a cosine down to 0; constant: the warm-up only.
+        warmup: Fraction of the steps that warm up.
+        decay_norm_and_bias: Whether weight decay acts on parameters with one dimension too.
+        ema: Limit of the decay of a running average of the weights, with which evaluations are made; None: no average.
+        label_smoothing: In [0, 1).
+        augment: Random crops and flips where the data allow them.
+        precision: bfloat16 is autocast; auto: that where it pays (convolutions on hardware with bfloat16 units).
+        channels_last: Memory layout of images; None: for convolutional models.
+        compile: Use torch.compile.
+        evaluations: Their number, evenly spaced, the last at the end.
+        checkpoints: Their number, evenly spaced, the last at the end; 0: only where the run is interrupted.
+        keep: Newest checkpoints that are kept.
+        max_skipped: Training stops after so many steps in a row whose loss or gradient is not finite.
+        clip_norm: Upper limit of the gradient's norm; None: no limit.
+        seed: Of weights, batches and augmentation.
+        device: auto: a GPU if there is one; or cpu, cuda, cuda:1, ...
+        threads: CPU threads of torch; None: as they are.
+        tensorboard: Write a TensorBoard log too (extra tensorboard).
 
     Raises UnknownName for a name that does not exist and ValueError for a value out of its range.
     """

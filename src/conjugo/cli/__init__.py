@@ -1,0 +1,81 @@
+"""The command ``conjugo``: one module per command, each with ``run(argv)``; :func:`main` turns exceptions into messages.
+
+Exit codes: 0 all is well; 1 it failed (diverged, damaged file, data not there); 2 the call is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from conjugo._version import __version__
+from conjugo.errors import CorruptFile, DataUnavailable, TrainingDiverged, UnknownName, unknown
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": "train a model, in a run directory that can be resumed",
+    "compare": "compare optimizers over batch sizes: tuning, fresh seeds, table, HTML report",
+    "report": "make table, plots and report of a comparison again, also of an unfinished one",
+    "reproduce": "set a paper's headline result beside what comes out here",
+    "data": "fetch, verify or describe a data set",
+    "doctor": "what this machine has for training, and what is missing",
+}
+
+_DEBUG = "CONJUGO_DEBUG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line *argv* (default: that of the process) and give its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or bool(os.environ.get(_DEBUG))
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except SystemExit as error:  # the parser's own: help (0) or a wrong call (2)
+        return error.code if isinstance(error.code, int) else 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except (CorruptFile, DataUnavailable, TrainingDiverged, ImportError, OSError, ValueError) as error:
+        if debug:
+            raise
+        _say(f"error: {error}")
+        wrong_call = isinstance(error, ValueError | FileExistsError | NotADirectoryError)
+        return 2 if wrong_call else 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    command, *rest = arguments
+    if command == "--version":
+        print(f"conjugo {__version__}")
+        return 0
+    if command not in COMMANDS:
+        try:
+            unknown("command", command, COMMANDS)
+        except UnknownName as error:
+            raise UnknownName(f"{error} (conjugo --help)") from None
+    module = importlib.import_module(f"conjugo.cli.{command}")
+    code: int = module.run(rest)
+    return code
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:{width}}{text}" for name, text in COMMANDS.items())
+    return (
+        "usage: conjugo COMMAND [options]\n\n"
+        "Train PyTorch models on very large batches, and find out how far a batch can be scaled, and with what.\n\n"
+        f"commands:\n{commands}\n\n"
+        "conjugo COMMAND --help explains a command; conjugo --version; --debug shows tracebacks.\n"
+        "To begin with: conjugo compare --preset demo --jobs 2"
+    )
+
+
+def _say(message: str) -> None:
+    print(f"conjugo: {message}", file=sys.stderr)

@@ -1,0 +1,159 @@
+"""From arguments and configuration files to dataclasses: tyro does the parsing, files give the defaults.
+
+YAML, JSON and TOML are read. A file may hold any part of a configuration; arguments override it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from conjugo.errors import UnknownName, unknown
+
+__all__ = ["as_yaml", "merge_file", "option", "parse"]
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], argv: Sequence[str], *, command: str, default: T | None = None) -> T:
+    """An instance of dataclass *kind* from *argv*; exits with a message, code 2, where that cannot be.
+
+    default: gives the values of options that are not in *argv*.
+    """
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_any_value)
+    with registry:
+        found: Any = tyro.cli(kind, args=list(argv), prog=f"conjugo {command}", default=default)
+    return cast(T, found)
+
+
+def option(name: str, argv: Sequence[str]) -> str | None:
+    """The value of option *name* alone, read before all others because they depend on it."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument(name, dest="value")
+    value: str | None = reader.parse_known_args(list(argv))[0].value
+    return value
+
+
+def merge_file(config: T, path: Path) -> T:
+    """*config*, a dataclass, with what the file at *path* says otherwise.
+
+    Raises ValueError naming file and setting for a setting that does not exist, a value of the wrong type or out of range, and
+    for a file that cannot be understood; OSError if it cannot be read.
+    """
+    text = path.read_text()
+    try:
+        values = _load(path, text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be understood ({' '.join(str(error).split())})") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}: settings expected, such as 'lr: 0.1', got {type(values).__name__}")
+    try:
+        return _merge(config, values)
+    except UnknownName as error:
+        raise UnknownName(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def as_yaml(config: Any) -> str:
+    """The whole configuration as a YAML file that :func:`merge_file` reads back."""
+    plain = json.loads(json.dumps(config.to_dict()))
+    text: str = yaml.safe_dump(plain, sort_keys=False)
+    return text
+
+
+def _load(path: Path, text: str) -> Any:
+    if path.suffix == ".toml":
+        import tomllib
+
+        return tomllib.loads(text)
+    return yaml.safe_load(text) or {}
+
+
+def _merge(config: T, values: Mapping[str, Any], prefix: str = "") -> T:
+    assert is_dataclass(config)
+    hints = get_type_hints(type(config))
+    known = [field.name for field in fields(config) if field.init]
+    changed = {}
+    for name, value in values.items():
+        if name not in known:
+            unknown("setting", f"{prefix}{name}", [f"{prefix}{other}" for other in known])
+        now = getattr(config, name)
+        if is_dataclass(now):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{prefix}{name} must hold settings, got {value!r}")
+            changed[name] = _merge(now, value, f"{prefix}{name}.")
+        else:
+            changed[name] = _fitted(value, hints[name], f"{prefix}{name}")
+    merged: T = replace(config, **changed)  # type: ignore[type-var]
+    return merged
+
+
+def _fitted(value: Any, kind: Any, name: str) -> Any:
+    """*value* as *kind*, if it is that: integers are floats too, lists tuples, and YAML's text 1e-3 a number."""
+    for choice in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,):
+        origin, inner = get_origin(choice), get_args(choice)
+        if origin is Literal and value in inner:
+            return value
+        if origin is tuple and isinstance(value, list | tuple):
+            return tuple(_fitted(item, inner[0], f"{name}[{i}]") for i, item in enumerate(value))
+        if origin is dict and isinstance(value, Mapping):
+            return dict(value)
+        if choice is type(None) and value is None:
+            return value
+        if choice is float and (number := _number(value)) is not None:
+            return number
+        if isinstance(choice, type) and isinstance(value, choice) and not (choice is int and isinstance(value, bool)):
+            return value
+    raise ValueError(f"{name} must be {_described(kind)}, got {value!r}")
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) or not isinstance(value, str) else None
+
+
+def _described(kind: Any) -> str:
+    """*kind* in the words of configuration files."""
+    words = {type(None): "null", float: "a number", int: "an integer", str: "text", bool: "true or false"}
+    if kind in words:
+        return words[kind]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(repr(value) for value in inner)
+    if origin is tuple:
+        return f"a list (each item {_described(inner[0])})"
+    if origin is dict:
+        return "settings (name: value)"
+    return " or ".join(_described(choice) for choice in inner)
+
+
+def _any_value(info: Any) -> Any:
+    """Rule for tyro: a value whose type is not known is read as YAML, so 0.9, true, text."""
+    import tyro
+
+    if info.type is not Any:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="VALUE",
+        instance_from_str=lambda words: yaml.safe_load(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )

@@ -1,0 +1,107 @@
+"""What a machine has for training: versions, devices, memory bandwidth, compiled kernels, extras; and advice."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from conjugo.training.machine import choose_device, environment, pays_bfloat16
+
+__all__ = ["Diagnosis", "diagnose"]
+
+_EXTRAS = {
+    "study": ("optuna", "matplotlib", "scipy"),
+    "data": ("pyarrow", "PIL"),
+    "vision": ("torchvision",),
+    "tensorboard": ("tensorboard",),
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """findings: what was found, by name. advice: sentences; none means that all is well."""
+
+    findings: dict[str, str]
+    advice: tuple[str, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine. Takes about a second: the memory bandwidth is measured."""
+    from conjugo.optim._fused import kernels
+
+    device = choose_device("auto")
+    seen = environment(device)
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    missing = {extra: absent for extra, modules in _EXTRAS.items() if (absent := _absent(modules))}
+    findings = {
+        "conjugo": seen["conjugo"],
+        "torch": seen["torch"],
+        "python": f"{seen['python']} on {seen['platform']}",
+        "processor": f"{seen['processor']}, {cores} cores, {threads} threads for torch",
+        "CPU features": torch.backends.cpu.get_cpu_capability(),
+        "memory": _memory(),
+        "memory bandwidth": f"{copy_bandwidth():.1f} GB/s (copying float32 with {threads} threads)",
+        "device": seen["device"],
+        "bfloat16 units": "yes" if pays_bfloat16(device) else "no",
+        "CPU kernels": "compiled" if kernels is not None else "not compiled",
+        "torch.distributed": _backends(),
+        "extras": ", ".join(f"{extra}: {'missing' if extra in missing else 'there'}" for extra in _EXTRAS),
+    }
+    return Diagnosis(findings, tuple(_advice(device, cores, threads, kernels is not None, missing)))
+
+
+def copy_bandwidth(values: int = 16_000_000, repeats: int = 7) -> float:
+    """Memory traffic in GB/s (10^9 bytes) while copying *values* float32 numbers; the median of *repeats* copies."""
+    source, target = torch.ones(values), torch.empty(values)
+    target.copy_(source)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds) / 1e9
+
+
+def _absent(modules: tuple[str, ...]) -> list[str]:
+    return [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return "unknown"
+    return f"{total / 2**30:.1f} GiB"
+
+
+def _backends() -> str:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return "not available"
+    named = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available, "mpi": dist.is_mpi_available}
+    return ", ".join(name for name, there in named.items() if there()) or "no backend"
+
+
+def _advice(device: torch.device, cores: int, threads: int, compiled: bool, missing: dict[str, list[str]]) -> list[str]:
+    advice = []
+    if not compiled:
+        advice.append(
+            "The CPU kernels are not compiled: NLCG takes its slower PyTorch path on a CPU. Install a C compiler and the "
+            "Python headers, then reinstall conjugo."
+        )
+    if device.type == "cpu" and cores > 1:
+        advice.append(f"{cores} cores: `conjugo compare --jobs {cores}` trains {cores} models at once, a thread each.")
+    if threads > cores:
+        advice.append(f"torch uses {threads} threads on {cores} cores: set OMP_NUM_THREADS={cores}.")
+    for extra, modules in missing.items():
+        advice.append(f"For {', '.join(modules)}: pip install 'conjugo[{extra}]'")
+    if platform.system() == "Windows":
+        advice.append("On Windows the package is not tested.")
+    return advice
