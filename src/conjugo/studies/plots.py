@@ -233,7 +233,7 @@ def _accuracy_axis(axes: Axes, name: str) -> None:
     axes.set_ylabel(name)
     low, high = axes.dataLim.intervaly
     axes.set_yscale("function", functions=(_stretched, _unstretched))
-    if math.isfinite(low + high):
+    if np.isfinite([low, high]).all():
         bottom, top = _stretched(np.array([low, min(high, 100.0)]))
         margin = 0.06 * (top - bottom) + 1e-3
         axes.set_ylim(*np.clip(_unstretched(np.array([bottom - margin, top + margin])), 0, 100))
@@ -322,7 +322,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     text = svg(figure, name)
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # one rule for all elements of the page
-    text = re.sub(r"(?<=px )'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
     box = re.search(r'viewBox="[^"]*"', text)

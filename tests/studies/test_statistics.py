@@ -1,0 +1,52 @@
+import math
+
+import pytest
+from scipy import stats
+
+from conjugo.studies.statistics import first_reached, mean_sd, median_reached, usable_octaves, welch
+
+
+def test_mean_and_standard_deviation():
+    assert mean_sd([1.0, 2.0, 6.0]) == (3.0, math.sqrt(7))
+    mean, sd = mean_sd([0.5])
+    assert mean == 0.5
+    assert math.isnan(sd)
+
+
+def test_welch_follows_the_textbook():
+    a, b = [0.91, 0.93, 0.95, 0.92], [0.90, 0.90, 0.91]
+    mean_a, sd_a = mean_sd(a)
+    mean_b, sd_b = mean_sd(b)
+    va, vb = sd_a**2 / len(a), sd_b**2 / len(b)
+    t = (mean_a - mean_b) / math.sqrt(va + vb)
+    freedom = (va + vb) ** 2 / (va**2 / 3 + vb**2 / 2)
+    assert welch(a, b) == pytest.approx(2 * stats.t.sf(abs(t), freedom), rel=1e-10)
+
+
+@pytest.mark.parametrize(("a", "b"), [([0.9], [0.8, 0.7]), ([0.9, 0.9], [0.8, 0.8]), ([], [0.1, 0.2])])
+def test_welch_says_nothing_without_spread(a, b):
+    assert welch(a, b) is None
+
+
+def test_first_step_at_the_target():
+    curve = [(10, 0.5), (20, 0.8), (30, 0.7), (40, 0.9)]
+    assert first_reached(curve, 0.7) == 20
+    assert first_reached(curve, 0.9) == 40
+    assert first_reached(curve, 0.91) is None
+
+
+def test_median_counts_runs_that_do_not_arrive():
+    assert median_reached([10, None, 20]) == 20
+    assert median_reached([10, None, None]) is None
+    assert median_reached([10, 30]) == 20
+
+
+def test_usable_learning_rates():
+    points = [(0.1, 0.5), (0.2, 0.90), (0.4, 0.91), (0.8, 0.895), (1.6, 0.2), (3.2, 0.91)]
+    width = usable_octaves(points)
+    assert width is not None
+    assert width.width == pytest.approx(2)  # 0.2 to 0.8: the lucky outlier at 3.2 does not count
+    assert not width.at_least
+    assert str(usable_octaves(points[1:])) == "≥ 2.0"
+    assert usable_octaves(points[:3]) is None  # two points within tolerance do not make a width
+    assert usable_octaves([]) is None
