@@ -6,7 +6,6 @@ from tests.contract.problems import assert_same, gradient, parameters, same, tra
 from tests.contract.rows import ROWS, cases, implementations, rows
 from torch import nn
 
-
 HALF = (torch.bfloat16, torch.float16)
 
 

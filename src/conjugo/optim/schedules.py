@@ -149,7 +149,7 @@ class WarmupCosine(ScheduleLR):
         """The learning rate of step *t* as a fraction of the maximum."""
         if t < self.warmup_steps:
             return warmup_factor(t, self.warmup_steps, power=self.power, init_factor=self.init_factor)
-        done = min(1.0, (t - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        done = 1.0 if t >= self.total_steps else (t - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return self.final_factor + (1 - self.final_factor) * (1 + math.cos(math.pi * done)) / 2
 
 
