@@ -270,3 +270,16 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
         train(replace(config, data="digits"), data=replace(data, name="digits"), out=out, resume=True),
         train(config, data=data),
     )
+
+
+def test_weights_that_are_not_finite_push_out_no_good_checkpoint(tmp_path):
+    class Explodes(Trainer):
+        def train_step(self):
+            super().train_step()
+            if self.step == 20:
+                with torch.no_grad():
+                    next(self.model.parameters()).fill_(torch.inf)
+
+    config = replace(TABLE, checkpoints=30, max_skipped=6)
+    with pytest.raises(TrainingDiverged, match=r"step 26: 6 steps in a row .*; the last checkpoint is .*step-00000019"):
+        Explodes(config, table()).fit(RunDirectory(tmp_path / "run", config, resume=False))

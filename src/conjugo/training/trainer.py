@@ -211,8 +211,7 @@ class Trainer:
                     self._evaluate(run, display)
                 stop = interrupted()
                 if run is not None and (stop or self.step in save_at):
-                    with self.clock.paused():
-                        run.checkpoints.save(self.step, self.state_dict())
+                    self._save(run)
                 if stop:
                     raise KeyboardInterrupt
 
@@ -222,6 +221,12 @@ class Trainer:
             display.evaluated(self.history[-1])
             if run is not None:
                 run.record(self.history)
+
+    def _save(self, run: RunDirectory) -> None:
+        with self.clock.paused():
+            # A step that was too long may have made weights infinite. Better a checkpoint from before that.
+            if all(p.isfinite().all() for p in self.model.parameters()):
+                run.checkpoints.save(self.step, self.state_dict())
 
     # What the run shows ----------------------------------------------------------------------------------------------
 
