@@ -1,0 +1,86 @@
+"""The figures of a reproduction, in the style of the comparisons' plots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from conjugo.studies import plots, statistics
+from conjugo.studies.reproduce.nlcg_digits import EXPECTED, LABELS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from conjugo.studies.reproduce.nlcg_digits import DigitsResult
+
+__all__ = ["accuracy", "learning_rates"]
+
+
+def accuracy(result: DigitsResult) -> Figure:
+    """Test accuracy against the number of steps, mean and sd of the fresh seeds; hollow: what was expected."""
+    with plots._axes(plots.WIDE) as axes:
+        ends = []
+        for name, style in plots.styles(tuple(result.plan.grids)).items():
+            cells = [(steps, result.cell(name, steps)) for steps in result.plan.steps]
+            points = [(steps, *statistics.mean_sd(cell.accuracies)) for steps, cell in cells if cell is not None]
+            axes.errorbar(
+                [steps for steps, _, _ in points],
+                [100 * mean for _, mean, _ in points],
+                yerr=[100 * sd if sd == sd else 0 for _, _, sd in points],
+                color=style.color,
+                marker=style.marker,
+                capsize=2,
+                elinewidth=1,
+            )
+            expected = {steps: value for steps, value in EXPECTED[name].items() if steps in result.plan.steps}
+            axes.plot(
+                list(expected),
+                [100 * value for value in expected.values()],
+                color=style.color,
+                marker=style.marker,
+                markerfacecolor="none",
+                linestyle="none",
+                alpha=0.7,
+            )
+            ends += [plots._End(LABELS[name], points[-1][0], 100 * points[-1][1], style.color)] if points else []
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(result.plan.steps, [str(steps) for steps in result.plan.steps])
+        axes.minorticks_off()
+        axes.set_xlabel("steps (one full batch each); hollow: expected")
+        plots._accuracy_axis(axes, "test accuracy (%)")
+        plots._label(axes, ends)
+        return plots._figure(axes)
+
+
+def learning_rates(result: DigitsResult) -> Figure:
+    """Validation accuracy against learning rate, one panel for each number of steps; AdamW's own grid is left out."""
+    from matplotlib.ticker import NullFormatter
+
+    names = [name for name in result.plan.grids if name != "adamw"]
+    looks = plots.styles(tuple(result.plan.grids))
+    width, height = plots.SMALL
+    with plots._axes((width * len(result.plan.steps) * 0.8 + 0.8, height)) as first:
+        figure = plots._figure(first)
+        first.remove()
+        panels = figure.subplots(1, len(result.plan.steps), sharey=True, squeeze=False)[0]
+        for axes, steps in zip(panels, result.plan.steps):
+            for name in names:
+                cell = result.cell(name, steps)
+                if cell is None:
+                    continue
+                rates, means = zip(*cell.points)
+                axes.plot(
+                    rates,
+                    [100 * mean for mean in means],
+                    color=looks[name].color,
+                    marker=looks[name].marker,
+                    label=LABELS[name],
+                )
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_title(f"{steps} steps", fontsize=10)
+            axes.set_xlabel("learning rate")
+        panels[0].set_ylabel("validation accuracy (%)")
+        panels[0].set_ylim(0, 100)
+        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        return figure

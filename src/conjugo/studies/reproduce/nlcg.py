@@ -1,0 +1,14 @@
+"""Adya, Palakkode & Tuzel 2018: nonlinear conjugate gradients for training with very large mini-batches."""
+
+from __future__ import annotations
+
+from conjugo.studies.reproduce.nlcg_digits import digits
+from conjugo.studies.reproduce.paper import Paper
+
+__all__ = ["PAPER"]
+
+PAPER = Paper(
+    title="Nonlinear Conjugate Gradients For Scaling Synchronous Distributed DNN Training",
+    source="S. Adya, V. Palakkode, O. Tuzel, arXiv:1812.02886 (2018)",
+    scales={"cpu": digits},
+)
