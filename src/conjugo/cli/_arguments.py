@@ -31,7 +31,7 @@ def parse(kind: type[T], argv: Sequence[str], *, command: str, default: T | None
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
-    registry.primitive_rule(_any_value)
+    registry.primitive_rule(_options_rule)
     with registry:
         found: Any = tyro.cli(kind, args=list(argv), prog=f"conjugo {command}", default=default)
     return cast(T, found)
@@ -144,16 +144,22 @@ def _described(kind: Any) -> str:
     return " or ".join(_described(choice) for choice in inner)
 
 
-def _any_value(info: Any) -> Any:
-    """Rule for tyro: a value whose type is not known is read as YAML, so 0.9, true, text."""
+def _options_rule(info: Any) -> Any:
+    """Rule for tyro: options of unknown type are pairs of name and value, the values read as YAML (0.9, true, text)."""
     import tyro
 
-    if info.type is not Any:
+    if info.type != dict[str, Any]:
         return None
+
+    def read(words: list[str]) -> dict[str, Any]:
+        if len(words) % 2:
+            raise ValueError(f"pairs of name and value expected, got {len(words)} words")
+        return {name: yaml.safe_load(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
     return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="VALUE",
-        instance_from_str=lambda words: yaml.safe_load(words[0]),
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
+        nargs="*",
+        metavar="[NAME VALUE ...]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [word for name, option in value.items() for word in (name, json.dumps(option))],
     )

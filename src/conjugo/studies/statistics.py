@@ -28,7 +28,8 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
         return None
     from scipy import stats
 
-    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
+    sides = (*mean_sd(a), len(a), *mean_sd(b), len(b))
+    return float(stats.ttest_ind_from_stats(*sides, equal_var=False).pvalue)
 
 
 def first_reached(curve: Sequence[tuple[int, float]], target: float) -> int | None:
