@@ -15,7 +15,7 @@ METHODS = {"optim", "distributed"}
 ABOVE = {"training": METHODS | GROUND, "studies": {"training"} | METHODS | GROUND}
 ABOVE["cli"] = {"studies", *ABOVE["studies"]}
 ALLOWED = {
-    **{room: GROUND for room in METHODS},
+    **dict.fromkeys(METHODS, GROUND),
     **ABOVE,
     **{room: {"_version"} for room in GROUND},
     "__init__": {"optim", *GROUND},
