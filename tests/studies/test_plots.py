@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tests.studies.stand_ins import result
 
-from conjugo.studies import plots
+from conjugo.studies import drawing, plots
 
 LIGHT, DARK = "#ffffff", "#14171b"
 
@@ -36,19 +36,19 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_colors_stand_out_from_light_and_dark_pages(compared):
-    for color in (*plots.COLORS, *plots.batch_colors(compared).values()):
+    for color in (*drawing.COLORS, *plots.batch_colors(compared).values()):
         assert min(contrast(color, LIGHT), contrast(color, DARK)) >= 3, color
 
 
 def test_an_optimizer_has_one_look_and_no_two_share_it():
-    looks = plots.styles([f"optimizer {i}" for i in range(20)])
+    looks = drawing.styles([f"optimizer {i}" for i in range(20)])
     assert len(set(looks.values())) == 20
-    assert plots.styles(["a", "b"])["b"] == plots.styles(["c", "b"])["b"]
+    assert drawing.styles(["a", "b"])["b"] == drawing.styles(["c", "b"])["b"]
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_svg_for_a_page(compared, name):
-    text = plots.inline_svg(FIGURES[name](compared), "here", 'Label with "quotes" & <signs>')
+    text = drawing.inline_svg(FIGURES[name](compared), "here", 'Label with "quotes" & <signs>')
     root = ElementTree.fromstring(text)
     assert root.get("role") == "img"
     assert root.get("aria-label") == 'Label with "quotes" & <signs>'
@@ -58,7 +58,7 @@ def test_svg_for_a_page(compared, name):
     assert len(ids) == len(set(ids))
     assert all(each.startswith("here-") for each in ids)
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)
-    assert plots.INK not in text
+    assert drawing.INK not in text
     assert "currentColor" in text
     assert "<style" not in text
     assert "DejaVu" not in text
@@ -66,30 +66,30 @@ def test_svg_for_a_page(compared, name):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_equal_figures_give_equal_files(compared, name):
-    assert plots.svg(FIGURES[name](compared), "a") == plots.svg(FIGURES[name](compared), "a")
-    assert plots.png(FIGURES[name](compared))[:8] == b"\x89PNG\r\n\x1a\n"
+    assert drawing.svg(FIGURES[name](compared), "a") == drawing.svg(FIGURES[name](compared), "a")
+    assert drawing.png(FIGURES[name](compared))[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_lines_carry_their_names(compared):
     for name in ("accuracy", "steps_to_target", "learning_curves"):
         texts = [
             element.text
-            for element in ElementTree.fromstring(plots.svg(FIGURES[name](compared), "a")).iter()
+            for element in ElementTree.fromstring(drawing.svg(FIGURES[name](compared), "a")).iter()
             if element.text
         ]
         assert {"momentum", "sgd"} <= {text.strip() for text in texts}, name
 
 
 def test_nobody_reaches_the_target():
-    text = plots.svg(plots.steps_to_target(result(target=1.0)), "a")
+    text = drawing.svg(plots.steps_to_target(result(target=1.0)), "a")
     assert "no optimizer reached the target" in text
 
 
 def test_spread():
-    assert plots.spread([0.0, 0.5, 1.0], 0.25) == [0.0, 0.5, 1.0]
-    assert plots.spread([0.5, 0.5, 0.5], 0.25) == [0.25, 0.5, 0.75]
-    assert plots.spread([], 0.1) == []
-    moved = plots.spread([0.1, 0.12, 0.13, 0.9], 0.1)
+    assert drawing.spread([0.0, 0.5, 1.0], 0.25) == [0.0, 0.5, 1.0]
+    assert drawing.spread([0.5, 0.5, 0.5], 0.25) == [0.25, 0.5, 0.75]
+    assert drawing.spread([], 0.1) == []
+    moved = drawing.spread([0.1, 0.12, 0.13, 0.9], 0.1)
     assert np.diff(moved).min() >= 0.1 - 1e-12
     assert moved[3] == 0.9
 
@@ -106,4 +106,4 @@ def test_perfect_and_useless_accuracies_can_be_drawn():
             config(), run=lambda c, t, a=accuracy: replace(pretend(c, t), accuracy=a, curve=((1, a), (2, a)))
         )
         for draw in FIGURES.values():
-            plots.png(draw(flat))
+            drawing.png(draw(flat))

@@ -13,8 +13,9 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from conjugo.studies import plots, summary
+from conjugo.studies import drawing, plots, summary
 from conjugo.studies.records import write_aside
+from conjugo.studies.statistics import Octaves
 from conjugo.studies.summary import Row, batch_name, batches, percent, plural
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def write(result: CompareResult, path: Path) -> None:
 def write_plots(result: CompareResult, out: Path) -> None:
     """Write accuracy and steps_to_target, each as .png and .svg, into folder *out*."""
     for name, draw in (("accuracy", plots.accuracy), ("steps_to_target", plots.steps_to_target)):
-        write_aside(Path(out) / f"{name}.png", plots.png(draw(result)))
-        write_aside(Path(out) / f"{name}.svg", plots.svg(draw(result), name, background="white"))
+        write_aside(Path(out) / f"{name}.png", drawing.png(draw(result)))
+        write_aside(Path(out) / f"{name}.svg", drawing.svg(draw(result), name, background="white"))
 
 
 def page(result: CompareResult) -> str:
@@ -179,9 +180,7 @@ def _settings(result: CompareResult) -> str:
     for name in result.config.optimizers:
         for row in (row for row in finished if row.optimizer == name):
             second = "–" if row.second is None else f"{row.second_name} {row.second:.3g}"
-            octaves = (
-                "–" if row.lr_octaves is None else f"{'≥ ' if row.lr_octaves_open else ''}{row.lr_octaves:.1f} octaves"
-            )
+            octaves = "–" if row.lr_octaves is None else f"{Octaves(row.lr_octaves, row.lr_octaves_open)} octaves"
             diverged = row.diverged_trials + row.diverged_runs
             cells = [
                 _td(batch_name(result, row.batch_size, short=True)),
@@ -311,7 +310,7 @@ def _grid(figures: Sequence[str]) -> str:
 
 
 def _figure(figure: Figure, name: str, title: str, caption: str, *, label: str = "", single: bool = False) -> str:
-    svg = plots.inline_svg(figure, name, label or title)
+    svg = drawing.inline_svg(figure, name, label or title)
     kind = ' class="single"' if single else ""
     return f"<figure{kind}><figcaption><b>{escape(title)}</b> {escape(caption)}</figcaption>{svg}</figure>\n"
 

@@ -1,25 +1,27 @@
-"""The figures of a reproduction, in the style of the comparisons' plots."""
+"""The figures of a reproduction, in the style of the comparisons' drawing."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from conjugo.studies import plots, statistics
+from conjugo.studies import drawing, statistics
+from conjugo.studies.reproduce import nlcg_cifar
 from conjugo.studies.reproduce.nlcg_digits import EXPECTED, LABELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from conjugo.studies.reproduce.nlcg_cifar import CifarResult
     from conjugo.studies.reproduce.nlcg_digits import DigitsResult
 
-__all__ = ["accuracy", "learning_rates"]
+__all__ = ["accuracy", "curves", "learning_rates"]
 
 
 def accuracy(result: DigitsResult) -> Figure:
     """Test accuracy against the number of steps, mean and sd of the fresh seeds; hollow: what was expected."""
-    with plots._axes(plots.WIDE) as axes:
+    with drawing.new_axes(drawing.WIDE) as axes:
         ends = []
-        for name, style in plots.styles(tuple(result.plan.grids)).items():
+        for name, style in drawing.styles(tuple(result.plan.grids)).items():
             cells = [(steps, result.cell(name, steps)) for steps in result.plan.steps]
             points = [(steps, *statistics.mean_sd(cell.accuracies)) for steps, cell in cells if cell is not None]
             axes.errorbar(
@@ -41,14 +43,14 @@ def accuracy(result: DigitsResult) -> Figure:
                 linestyle="none",
                 alpha=0.7,
             )
-            ends += [plots._End(LABELS[name], points[-1][0], 100 * points[-1][1], style.color)] if points else []
+            ends += [drawing.End(LABELS[name], points[-1][0], 100 * points[-1][1], style.color)] if points else []
         axes.set_xscale("log", base=2)
         axes.set_xticks(result.plan.steps, [str(steps) for steps in result.plan.steps])
         axes.minorticks_off()
         axes.set_xlabel("steps (one full batch each); hollow: expected")
-        plots._accuracy_axis(axes, "test accuracy (%)")
-        plots._label(axes, ends)
-        return plots._figure(axes)
+        drawing.accuracy_axis(axes, "test accuracy (%)")
+        drawing.label_ends(axes, ends)
+        return drawing.figure_of(axes)
 
 
 def learning_rates(result: DigitsResult) -> Figure:
@@ -56,10 +58,10 @@ def learning_rates(result: DigitsResult) -> Figure:
     from matplotlib.ticker import NullFormatter
 
     names = [name for name in result.plan.grids if name != "adamw"]
-    looks = plots.styles(tuple(result.plan.grids))
-    width, height = plots.SMALL
-    with plots._axes((width * len(result.plan.steps) * 0.8 + 0.8, height)) as first:
-        figure = plots._figure(first)
+    looks = drawing.styles(tuple(result.plan.grids))
+    width, height = drawing.SMALL
+    with drawing.new_axes((width * len(result.plan.steps) * 0.8 + 0.8, height)) as first:
+        figure = drawing.figure_of(first)
         first.remove()
         panels = figure.subplots(1, len(result.plan.steps), sharey=True, squeeze=False)[0]
         for axes, steps in zip(panels, result.plan.steps):
@@ -84,3 +86,24 @@ def learning_rates(result: DigitsResult) -> Figure:
         panels[0].set_ylim(0, 100)
         figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
         return figure
+
+
+def curves(result: CifarResult, batch_size: int) -> Figure:
+    """Test accuracy against steps, mean of the seeds, each optimizer at its best learning rate."""
+    with drawing.new_axes(drawing.WIDE) as axes:
+        ends = []
+        for name, style in drawing.styles(tuple(nlcg_cifar.LABELS)).items():
+            cell = result.cell(name, batch_size)
+            if cell is None:
+                continue
+            runs = [dict(run.outcome.curve) for run in cell.finals]
+            steps = sorted(set.intersection(*map(set, runs)))  # a run that diverged stops early
+            means = [100 * statistics.mean_sd([run[step] for run in runs])[0] for step in steps]
+            axes.plot(steps, means, color=style.color)
+            label = f"{nlcg_cifar.LABELS[name]}, lr {cell.best:g}"
+            ends += [drawing.End(label, steps[-1], means[-1], style.color)] if steps else []
+        axes.set_xlim(left=0)
+        axes.set_xlabel("steps")
+        drawing.accuracy_axis(axes, "test accuracy (%)")
+        drawing.label(axes, ends)
+        return drawing.figure_of(axes)

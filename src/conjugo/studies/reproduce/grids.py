@@ -184,9 +184,9 @@ def _open(out: Path, description: Any, *, resume: bool) -> None:
 
 def save(content: Mapping[str, Any], figures: Mapping[str, Any], out: Path) -> None:
     """Write results.json, and each of *figures* as .png and .svg, into folder *out*."""
-    from conjugo.studies import plots
+    from conjugo.studies import drawing
 
     write_aside(out / "results.json", json.dumps(content, allow_nan=False, indent=1))
     for name, figure in figures.items():
-        write_aside(out / f"{name}.png", plots.png(figure))
-        write_aside(out / f"{name}.svg", plots.svg(figure, name, background="white"))
+        write_aside(out / f"{name}.png", drawing.png(figure))
+        write_aside(out / f"{name}.svg", drawing.svg(figure, name, background="white"))
