@@ -119,7 +119,7 @@ def _significance(result: CompareResult) -> str:
         )
 
     others = [name for name in result.config.optimizers if name != baseline]
-    return _matrix(f"Difference to tuned {baseline} in percentage points", result, cell, others) if others else ""
+    return _matrix(f"Points above or below tuned {baseline}", result, cell, others) if others else ""
 
 
 def _steps(result: CompareResult) -> str:
