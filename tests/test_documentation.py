@@ -34,7 +34,7 @@ PAGES = [page for page in PAGES if "_build" not in page.parts]
 PLAN = ROOT / "docs" / "design.md"
 """Its code is what the project is to be in the end."""
 
-SHOWN = ("text", "bibtex", "mermaid", "math", "{eval-rst}", "{toctree}", "{image}", "{figure}", "{math}", "{note}")
+SHOWN = ("text", "bibtex", "{eval-rst}", "{toctree}", "{include}")
 """Languages of blocks with nothing to run."""
 
 NUMBER = re.compile(r"\d+\.\d+|\d+(?:,\d{3})*")
