@@ -17,9 +17,9 @@ __all__ = ["Paper", "Result", "names", "paper", "reproduce"]
 
 def _papers() -> dict[str, Paper]:
     # Here, not above: the list of names must not cost the import of the training code.
-    from conjugo.studies.reproduce import nlcg
+    from conjugo.studies.reproduce.nlcg import PAPER as NLCG
 
-    return {"nlcg": nlcg.PAPER}
+    return {"nlcg": NLCG}
 
 
 def names() -> tuple[str, ...]:

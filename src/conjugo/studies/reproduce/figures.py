@@ -105,5 +105,5 @@ def curves(result: CifarResult, batch_size: int) -> Figure:
         axes.set_xlim(left=0)
         axes.set_xlabel("steps")
         drawing.accuracy_axis(axes, "test accuracy (%)")
-        drawing.label(axes, ends)
+        drawing.label_ends(axes, ends)
         return drawing.figure_of(axes)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from conjugo.studies import statistics
 from conjugo.studies.records import Outcome, Task
 from conjugo.studies.reproduce.grids import Grid, GridResult, run_grids, save
-from conjugo.studies.reproduce.paper import Claim, Request, listed, sentences
+from conjugo.studies.reproduce.paper import Claim, Request, listed, new_table, p_equals, sentences
 from conjugo.studies.runs import Contender, load_data, train_once, tuning_data, versions
-from conjugo.studies.summary import p_text, percent
+from conjugo.studies.summary import percent
 from conjugo.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -127,10 +127,7 @@ class DigitsResult:
             "expected": {name: dict(row) for name, row in EXPECTED.items()},
             "cells": [cell.to_dict() for cell in self.cells],
             "crashes": list(self.crashes),
-            "claims": [
-                {"statement": claim.statement, "verdict": claim.verdict, "evidence": str(claim)}
-                for claim in self.claims()
-            ],
+            "claims": [claim.to_dict() for claim in self.claims()],
         }
 
     # ---- tables ----
@@ -140,7 +137,7 @@ class DigitsResult:
         return [self._accuracy_table(), self._rates_table()]
 
     def _accuracy_table(self) -> RenderableType:
-        table = _table(
+        table = new_table(
             "Digits, full batch: test accuracy (%)",
             "Expected: a first implementation, learning rate chosen on the test data. Ours: mean ± sd of "
             f"{self.plan.seeds} fresh seeds, learning rate chosen on held-out training data; best of each in green.",
@@ -160,7 +157,7 @@ class DigitsResult:
         return table
 
     def _rates_table(self) -> RenderableType:
-        table = _table(
+        table = new_table(
             "Chosen learning rate, and width in octaves of the usable ones",
             "Usable: mean validation accuracy within 2 points of the best. ≥: as far as the grid goes; –: fewer than "
             "three learning rates of the grid. * the best one is at the edge of the grid.",
@@ -217,7 +214,7 @@ class DigitsResult:
                 continue
             difference = _mean(ours) - _mean(theirs)
             p = statistics.welch(ours.accuracies, theirs.accuracies)
-            cases[case] = holds(difference), f"{100 * difference:+.1f} points (p {_equals(p)})"
+            cases[case] = holds(difference), f"{100 * difference:+.1f} points ({p_equals(p)})"
         return Claim(statement, cases)
 
     def _wider(self, steps: int) -> tuple[bool | None, str]:
@@ -247,24 +244,3 @@ class DigitsResult:
 
 def _mean(cell: GridResult) -> float:
     return statistics.mean_sd(cell.accuracies)[0]
-
-
-def _equals(p: float | None) -> str:
-    text = p_text(p)
-    return text if text.startswith("<") else f"= {text}"
-
-
-def _table(title: str, caption: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        title_style="bold",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("")
-    return table

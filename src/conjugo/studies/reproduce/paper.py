@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from conjugo.studies.summary import p_text
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
-__all__ = ["Claim", "Paper", "Request", "Result", "listed", "sentences"]
+__all__ = ["Claim", "Paper", "Request", "Result", "listed", "new_table", "p_equals", "sentences"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,11 @@ class Claim:
             return "not judged"
         return "reproduced" if all(held) else "reproduced in part" if any(held) else "not reproduced"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        cases = {case: {"holds": holds, "evidence": said} for case, (holds, said) in self.cases.items()}
+        return {"statement": self.statement, "verdict": self.verdict, "cases": cases}
+
     def __str__(self) -> str:
         evidence = "; ".join(f"{case}: {said}" for case, (_, said) in self.cases.items())
         return f"{self.verdict.capitalize()}: {self.statement}. {evidence}."
@@ -77,3 +85,26 @@ def sentences(claims: Sequence[Claim], notes: Sequence[str]) -> str:
 def listed(items: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def p_equals(p: float | None) -> str:
+    """``p = 0.012``, ``p < 0.001``, or ``no test``."""
+    text = p_text(p)
+    return "no test" if p is None else f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def new_table(title: str, caption: str) -> Table:
+    """An empty table whose first column is for names."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("")
+    return table
