@@ -21,6 +21,7 @@ CLAUSES = {
     "dense only": "sparse gradients are refused",
     "names what is wrong": "bad options are refused with owner, argument, value and range; integer parameters too",
     "stays without gradient": "a parameter whose gradient is missing in some step is left alone in that step",
+    "no gradient, no step": "a step in which no parameter has a gradient changes nothing",
     "no host": "a step reads no value from the device on the host",
 }
 """The clauses from which a row may be exempt."""
@@ -114,6 +115,11 @@ _NLCG = (
     ({"rule": "frr"}, "unknown NLCG rule 'frr'; did you mean 'fr'"),
     ({"precond": "bfgss"}, "unknown NLCG precond 'bfgss'; did you mean 'bfgs'"),
     ({"line_search": "onlin"}, "unknown NLCG line_search 'onlin'; did you mean 'online'"),
+    ({"removal": "previus"}, "unknown NLCG removal 'previus'; did you mean 'previous'"),
+    ({"mode": "exakt"}, "unknown NLCG mode 'exakt'; did you mean 'exact'"),
+    ({"scope": "globl"}, "unknown NLCG scope 'globl'; did you mean 'global'"),
+    ({"grad_scale": [1.0]}, r"NLCG: grad_scale must be a number, or 3 numbers, .* got \[1.0\]"),
+    ({"foreach": True, "fused": True}, "NLCG: foreach must be False or None together with fused=True, got True"),
     ({"period": 0}, "NLCG: period must be an integer >= 1, got 0"),
     ({"threshold": 0.0}, "NLCG: threshold must be .*, got 0.0"),
     ({"weight_decay": -1.0}, r"NLCG: weight_decay must be in \[0, inf\), got -1.0"),
@@ -196,5 +202,14 @@ ROWS = (
     _nlcg("per tensor", 3, scope="tensor"),
     _nlcg("decoupled", 3, weight_decay=1e-4, decoupled=True),
     _nlcg("lars", 3, lr=2.0, lars=0.01),
+    _nlcg(
+        "missing is zero",
+        3,
+        allow_missing=True,
+        exempt={
+            "stays without gradient": "the gradient counts as zero, and the direction goes on",
+            "no gradient, no step": "all gradients count as zero then",
+        },
+    ),
     _nlcg("restarts", 3, restart_on_ascent=True, beta_max=0.9, weight_decay=1e-4),
 )

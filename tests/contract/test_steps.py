@@ -126,7 +126,7 @@ def test_zero_gradients_move_nothing(row):
     assert all(p.isfinite().all() for p in params)
 
 
-@implementations()
+@implementations("no gradient, no step")
 def test_without_any_gradient_a_step_is_none(row):
     params = parameters()
     optimizer = row.make(params)
