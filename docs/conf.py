@@ -1,5 +1,6 @@
 """Configuration of the documentation site: `make docs` builds it into docs/_build/html, without any network."""
 
+import inspect
 import re
 
 from conjugo import __version__
@@ -45,6 +46,18 @@ copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
 
 
+def name_arguments(app, what, name, obj, options, lines):
+    """Emphasise the arguments that a docstring explains in running text, "lr: ...; lr, momentum: ..."."""
+    try:
+        names = "|".join(sorted(inspect.signature(obj).parameters, key=len, reverse=True))
+    except (TypeError, ValueError):
+        return
+    explained = re.compile(rf"(?<![\w`*:.])((?:{names})(?:, (?:{names}))*):(?=\s|$)")
+    for i, line in enumerate(lines):
+        if names and not line.lstrip().startswith((":", ">>>")):
+            lines[i] = explained.sub(r"**\1**:", line)
+
+
 def escape_bars(app, what, name, obj, options, lines):
     """In docstrings |x| is a norm, not a substitution of reStructuredText."""
     for i, line in enumerate(lines):
@@ -54,4 +67,5 @@ def escape_bars(app, what, name, obj, options, lines):
 
 def setup(app):
     """Hook into autodoc, after napoleon."""
+    app.connect("autodoc-process-docstring", name_arguments, priority=800)
     app.connect("autodoc-process-docstring", escape_bars, priority=900)
