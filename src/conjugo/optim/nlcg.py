@@ -304,13 +304,13 @@ class NLCG(Optimizer):
         lr = self._per_parameter("lr")
 
         learns = self.precond.learns_from_steps
-        sums = passes.gradient(
+        parts = passes.gradient(
             self._scales(),
             direction=learns or self.restart_on_ascent,
             cross=self.rule == "pr",
             fresh=old.step <= 1,
         )
-        xx, xd, cross = sums.T
+        xx, xd, cross = parts.T
         value = self._mean_loss(loss)
         finite = xp.isfinite(xx.sum() + value)
         if passes.on_host and not finite:
