@@ -106,5 +106,5 @@ def new_table(title: str, caption: str) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     return table
