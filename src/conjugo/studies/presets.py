@@ -35,10 +35,10 @@ def presets() -> dict[str, CompareConfig]:
         "cifar10": CompareConfig(
             train=TrainConfig(data="cifar10", model="resnet8", epochs=3.0, weight_decay=2e-4, micro_batch=256),
             optimizers=("nlcg", "momentum", "nesterov", "adamw", "lars", "lamb"),
-            batch_sizes=(256, 1024, 4096, 8192),
+            batch_sizes=(256, 2048, 8192),
             trials=5,
             seeds=2,
-            evaluations=6,
+            evaluations=3,
             train_limit=16384,
             test_limit=4000,
         ),
