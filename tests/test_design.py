@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "conjugo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"_tensors", "errors", "_version"}
+GROUND = {"_files", "_tensors", "errors", "_version"}
 METHODS = {"optim", "distributed"}
 ABOVE = {"training": METHODS | GROUND, "studies": {"training"} | METHODS | GROUND}
 ABOVE["cli"] = {"studies", *ABOVE["studies"]}

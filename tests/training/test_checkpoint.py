@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 
+from conjugo._files import write_aside
 from conjugo.errors import CorruptFile
-from conjugo.training.checkpoint import Checkpoints, write_aside
+from conjugo.training.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_nothing_in_a_file_is_executed(checkpoints, tmp_path):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
     checkpoints.folder.mkdir()
-    write_aside(checkpoints.folder / "step-00000001.pt", lambda f: torch.save({"a": Evil()}, f), add_checksum=True)
+    write_aside(checkpoints.folder / "step-00000001.pt", lambda f: torch.save({"a": Evil()}, f), checksum_digits=16)
     with pytest.raises(CorruptFile, match="cannot be read"):
         checkpoints.load()
     assert not (tmp_path / "executed").exists()
@@ -122,7 +123,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(checkpoints, monkeypatch, where)
             patch.setattr(os, "replace", no_space)
         else:
             size = 0 if where == "first write" else 200
-            patch.setattr("conjugo.training.checkpoint._Hashed.write", no_space_after(size))
+            patch.setattr("conjugo._files._Hashed.write", no_space_after(size))
         with pytest.warns(
             UserWarning, match="no checkpoint of step 2 could be written.*last checkpoint is.*step-00000001"
         ):
@@ -139,17 +140,3 @@ def test_leftovers_of_a_killed_process_are_removed(checkpoints):
     checkpoints.clean()
     assert not leftover.exists()
     assert checkpoints.load()["step"] == 1
-
-
-def test_write_aside_keeps_the_old_content_on_failure(tmp_path):
-    path = tmp_path / "file"
-    write_aside(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"new")
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError):
-        write_aside(path, fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"

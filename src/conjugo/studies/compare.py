@@ -15,11 +15,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from conjugo._files import write_aside
 from conjugo.errors import CorruptFile, check
 from conjugo.studies import statistics
 from conjugo.studies.engine import execute
 from conjugo.studies.plans import TunedCell, of_phase, scores
-from conjugo.studies.records import Journal, Outcome, Run, Task, read_journal, write_aside
+from conjugo.studies.records import Journal, Outcome, Run, Task, read_journal
 from conjugo.studies.results import CellResult, CompareConfig, CompareResult
 from conjugo.studies.runs import Contender, load_data, num_steps, train_once, tuning_data, versions
 from conjugo.studies.tuning import StudyFile

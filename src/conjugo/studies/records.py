@@ -12,7 +12,7 @@ from typing import IO, Any, Literal, Self
 
 from conjugo.errors import CorruptFile
 
-__all__ = ["Crash", "Journal", "Outcome", "Phase", "Run", "Task", "read_journal", "write_aside"]
+__all__ = ["Crash", "Journal", "Outcome", "Phase", "Run", "Task", "read_journal"]
 
 Phase = Literal["tune", "final"]
 
@@ -93,14 +93,6 @@ class Crash:
 
     task: Task
     error: str
-
-
-def write_aside(path: Path, content: str | bytes) -> None:
-    """Write *content* (text as UTF-8) to *path* through a temporary file, so that *path* is always old or new, never half."""
-    from conjugo.training import checkpoint
-
-    data = content.encode() if isinstance(content, str) else content
-    checkpoint.write_aside(path, lambda file: file.write(data))
 
 
 class Journal:

@@ -13,8 +13,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from conjugo._files import write_aside
 from conjugo.studies import drawing, plots, summary
-from conjugo.studies.records import write_aside
 from conjugo.studies.statistics import Octaves
 from conjugo.studies.summary import Row, batch_name, batches, percent, plural
 

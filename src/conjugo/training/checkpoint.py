@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from conjugo._files import write_aside
 from conjugo.errors import CorruptFile
 
-__all__ = ["Checkpoints", "write_aside"]
+__all__ = ["Checkpoints"]
 
 _DIGITS = 16  # of the SHA-256 in a file's name
 
@@ -43,7 +40,8 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # torch reports failed writes of its archive as RuntimeError.
-            write_aside(self.folder / f"step-{step:08}.pt", lambda file: torch.save(state, file), add_checksum=True)
+            path = self.folder / f"step-{step:08}.pt"
+            write_aside(path, lambda file: torch.save(state, file), checksum_digits=_DIGITS)
         except (OSError, RuntimeError) as error:
             warnings.warn(f"no checkpoint of step {step} could be written ({error}); {self.describe()}", stacklevel=2)
             return False
@@ -99,59 +97,3 @@ def _read(path: Path) -> dict[str, Any]:
         except Exception as error:  # whole, but not ours: whatever torch and pickle raise
             raise CorruptFile(f"checkpoint {path} cannot be read: {error}") from error
     return state
-
-
-def write_aside(path: Path, write: Callable[[IO[bytes]], object], *, add_checksum: bool = False) -> None:
-    """Give *path* what *write* writes, all or nothing: into a file beside it, synced to disk, then renamed.
-
-    add_checksum: the name becomes ``<stem>-<first digits of the SHA-256><suffix>``. Raises what *write* and the system
-    raise; the old content of *path* stays then.
-    """
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            hashed = _Hashed(file)
-            write(hashed)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        if add_checksum:
-            path = path.with_stem(f"{path.stem}-{hashed.sha256.hexdigest()[:_DIGITS]}")
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-class _Hashed:
-    """A file that is only written to, and the SHA-256 of what was written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in *folder* durable, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

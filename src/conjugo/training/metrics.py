@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from conjugo.training.checkpoint import write_aside
+from conjugo._files import write_aside
 
 __all__ = ["Display", "JsonLines", "Record", "Sink", "TensorBoard", "read_metrics"]
 
@@ -38,9 +38,9 @@ class JsonLines:
 
     def write(self, history: Sequence[Record]) -> None:
         """Replace the file; if that fails there is a warning, and the next call tries again."""
-        content = "".join(json.dumps(record) + "\n" for record in history).encode()
+        content = "".join(json.dumps(record) + "\n" for record in history)
         try:
-            write_aside(self.path, lambda file: file.write(content))
+            write_aside(self.path, content)
         except OSError as error:
             warnings.warn(f"{self.path} could not be written: {error}", stacklevel=2)
 

@@ -8,8 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from conjugo._files import write_aside
 from conjugo.errors import CorruptFile
-from conjugo.training.checkpoint import Checkpoints, write_aside
+from conjugo.training.checkpoint import Checkpoints
 from conjugo.training.config import TrainConfig, TrainResult
 from conjugo.training.machine import choose_device, environment
 from conjugo.training.metrics import JsonLines, Record, Sink, TensorBoard
@@ -84,5 +85,4 @@ class RunDirectory:
         self._write("result.json", result.to_dict())
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        text = json.dumps(content, indent=1) + "\n"
-        write_aside(self.folder / name, lambda file: file.write(text.encode()))
+        write_aside(self.folder / name, json.dumps(content, indent=1) + "\n")

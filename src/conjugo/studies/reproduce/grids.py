@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conjugo._files import write_aside
 from conjugo.errors import CorruptFile, check
 from conjugo.studies import statistics
 from conjugo.studies.engine import execute
 from conjugo.studies.plans import FIRST_TUNING_SEED, of_phase
-from conjugo.studies.records import Journal, Phase, Run, Task, write_aside
+from conjugo.studies.records import Journal, Phase, Run, Task
 from conjugo.studies.reproduce.paper import Request
 from conjugo.studies.statistics import Octaves
 from conjugo.studies.workers import Job

@@ -1,0 +1,87 @@
+"""Files written aside: old or new, never half; nothing left behind."""
+
+import errno
+import hashlib
+import io
+import os
+
+import pytest
+
+from conjugo import _files
+from conjugo._files import write_aside
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_bytes(b"old")
+    return path
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("content", ["größer", "größer".encode(), lambda file: file.write("größer".encode())])
+def test_text_bytes_or_a_function(path, content):
+    assert write_aside(path, content) == path
+    assert path.read_bytes() == "größer".encode()
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_the_checksum_goes_into_the_name_and_the_old_file_stays(path):
+    written = write_aside(path, lambda file: [file.write(b"ab"), file.write(b"c")], checksum_digits=16)
+    assert written == path.with_name(f"file-{hashlib.sha256(b'abc').hexdigest()[:16]}.txt")
+    assert written.read_bytes() == b"abc"
+    assert path.read_bytes() == b"old"
+
+
+def test_permissions_are_those_of_any_new_file(path):
+    plain = path.with_name("plain")
+    plain.touch()
+    write_aside(path, b"new")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_content(path, monkeypatch, call):
+    monkeypatch.setattr(os, call, no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_aside(path, b"new")
+    assert os.listdir(path.parent) == ["file.txt"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_a_really_full_disk_leaves_the_old_content(path, monkeypatch):
+    """Every write to /dev/full fails as it does on a full disk; the file is really opened, buffered and flushed."""
+    monkeypatch.setattr(_files, "open", lambda *_: io.FileIO("/dev/full", "w"), raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        write_aside(path, b"new" * 100_000)
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_writer_that_breaks_off_leaves_the_old_content(path, error):
+    def fail(file):
+        file.write(b"new")
+        raise error("no")
+
+    with pytest.raises(error):
+        write_aside(path, fail)
+    assert os.listdir(path.parent) == ["file.txt"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        write_aside(tmp_path / "absent" / "file", b"new")
+
+
+def test_the_new_content_is_synced_before_it_takes_the_place(path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a)))
+    write_aside(path, b"new")
+    assert calls[:2] == ["fsync", "replace"]
