@@ -28,20 +28,33 @@ def test_every_cell_gets_the_same_tuning_budget_and_fresh_seeds():
         assert [run.task.seed for run in cell.trials] == [FIRST_TUNING_SEED + k for k in range(4)]
         assert [run.task.seed for run in cell.finals] == [0, 1]
         assert all(run.task.setting == cell.best.setting for run in cell.finals)
-        assert cell.best.lr == max(cell.trials, key=lambda run: run.outcome.accuracy).task.lr
+        searched, (repeated,) = cell.trials[:3], cell.trials[3:]
+        assert repeated.task.setting == max(searched, key=lambda run: run.outcome.accuracy).task.setting
         assert all((run.task.second is None) == (cell.contender.name == "sgd") for run in (*cell.trials, *cell.finals))
 
 
-def test_the_best_trial_has_the_highest_accuracy_then_the_lowest_loss_then_came_first():
-    def score(config, task):
-        accuracy, loss = [(0.8, 0.1), (0.9, 0.5), (0.9, 0.4), (0.9, None)][task.index]
+def with_scores(scores, **changes):
+    """The first cell of a comparison whose trials have *scores* (accuracy, loss), by index."""
+
+    def run(config, task):
+        accuracy, loss = scores[task.index]
         return replace(pretend(config, task), accuracy=accuracy, loss=loss)
 
-    assert all(cell.best.index == 2 for cell in compare(config(), run=score).cells)
-    assert all(
-        cell.best.index == 0
-        for cell in compare(config(), run=lambda c, t: replace(pretend(c, t), accuracy=0.5, loss=None)).cells
-    )
+    return compare(config(batch_sizes=(16,), optimizers=("momentum",), trials=len(scores), **changes), run=run).cells[0]
+
+
+def test_without_repetitions_the_best_trial_wins_then_the_lowest_loss_then_the_earliest():
+    assert with_scores([(0.8, 0.1), (0.9, 0.5), (0.9, 0.4)]).best.index == 2
+    assert with_scores([(0.9, 0.4), (0.9, None), (0.9, 0.4)]).best.index == 0
+
+
+def test_the_best_settings_are_repeated_and_the_best_mean_wins():
+    lucky = (0.95, 0.1), (0.90, 0.2), (0.93, 0.1), (0.2, 2.0), (0.1, None), (0.92, 0.1)
+    cell = with_scores([*lucky, (0.30, 2.0), (0.92, 0.1)])  # the winner fails when repeated, the second does not
+    assert [run.task.setting for run in cell.trials[6:]] == [cell.trials[0].task.setting, cell.trials[2].task.setting]
+    assert len({run.task.seed for run in cell.trials}) == 8
+    assert cell.best.setting == cell.trials[2].task.setting
+    assert all(run.task.setting == cell.best.setting for run in cell.finals)
 
 
 def test_the_default_target_is_one_point_below_the_baseline_at_the_smallest_batch():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from conjugo.errors import UnknownName
+from conjugo.errors import DataUnavailable, UnknownName
 from conjugo.studies.records import Outcome, Run, read_journal
 from conjugo.studies.reproduce import grids, names, nlcg_cifar, nlcg_digits, paper, reproduce
 from conjugo.studies.reproduce.grids import Grid, GridResult
-from conjugo.studies.reproduce.nlcg_cifar import CifarPlan, CifarResult, cifar100
+from conjugo.studies.reproduce.nlcg_cifar import CifarPlan, CifarResult
 from conjugo.studies.reproduce.nlcg_digits import DigitsPlan, digits
 from conjugo.studies.reproduce.paper import Claim, Request
 from conjugo.training import machine
@@ -216,6 +216,18 @@ def test_a_crash_is_reported_and_its_cell_left_out():
     assert "–" in shown(result)
 
 
+def test_everything_crashes(tmp_path):
+    def crashing(plan, task):
+        raise RuntimeError("out of memory")
+
+    result = digits(Request(out=tmp_path), plan=DigitsPlan(steps=(30,), seeds=1), run=crashing)
+    assert result.cells == ()
+    assert {claim.verdict for claim in result.claims()} == {"not judged"}
+    assert (tmp_path / "accuracy.png").exists()
+    resumed = digits(Request(out=tmp_path, resume=True), plan=DigitsPlan(steps=(30,), seeds=1), run=pretend)
+    assert len(resumed.cells) == 7
+
+
 def test_claims():
     claim = Claim("it rains", {"a": (True, "wet"), "b": (False, "dry")})
     assert str(claim) == "Reproduced in part: it rains. a: wet; b: dry."
@@ -263,7 +275,7 @@ def test_resnet_dry(tmp_path):
     def run(plan, task):
         return nlcg_cifar.run_on(plan, task, synthetic())
 
-    result = cifar100(Request(out=tmp_path, force=True), plan=TINY, run=run)
+    result = nlcg_cifar.experiment(Request(out=tmp_path), TINY, run=run)
     assert len(result.cells) == 10
     assert not result.crashes
     large = result.cell("nlcg-step", 16)
@@ -272,7 +284,7 @@ def test_resnet_dry(tmp_path):
     assert "lr 0.2: " in shown(result)
     assert "NLCG is above momentum" in result.text()
     assert (tmp_path / "curves_16.svg").exists()
-    again = cifar100(Request(out=tmp_path, resume=True, force=True), plan=TINY, run=Interrupted(0))
+    again = nlcg_cifar.experiment(Request(out=tmp_path, resume=True), TINY, run=Interrupted(0))
     assert again == result
 
 
@@ -287,6 +299,17 @@ def test_resnet_needs_an_accelerator(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "choose_device", lambda name: torch.device("cpu"))
     with pytest.raises(ValueError, match=r"no accelerator.*scale 'cpu'"):
         reproduce("nlcg", scale="gpu", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_forced_it_still_needs_the_data(monkeypatch, tmp_path):
+    def absent(train, train_limit, test_limit):
+        raise DataUnavailable("cifar100 is not here")
+
+    monkeypatch.setattr(machine, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(nlcg_cifar, "load_data", absent)
+    with pytest.raises(DataUnavailable):
+        reproduce("nlcg", scale="gpu", out=tmp_path / "run", force=True)
     assert not (tmp_path / "run").exists()
 
 

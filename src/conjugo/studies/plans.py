@@ -1,4 +1,4 @@
-"""The plan of a tuned cell: trials one after the other, then the best setting with fresh seeds."""
+"""The plan of a tuned cell: trials one after the other, the best ones once more, then the winner with fresh seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ FIRST_TUNING_SEED = 100_000
 
 @dataclass(frozen=True)
 class TunedCell:
-    """*trials* runs of *contender* at *batch_size*, each proposal knowing the results so far, then *seeds* fresh runs."""
+    """*trials* runs of *contender* at *batch_size* to find a setting, then *seeds* fresh runs of it.
+
+    Three quarters of the trials search, each proposal knowing the results so far. The last quarter repeats the best of
+    these settings with another seed each: the best result of many is partly luck, above all at the edge of stability.
+    """
 
     contender: Contender
     batch_size: int
@@ -37,13 +41,20 @@ class TunedCell:
         return self.trials + self.seeds
 
     def ready(self, finished: Sequence[Run]) -> list[Task]:
-        """The next trial, or all fresh seeds once the trials are done."""
+        """The next trial; all repetitions once the search is done; all fresh seeds once the trials are done."""
         tried = of_phase("tune", finished)
-        if len(tried) == self.trials:
-            best = best_trial(tried)
-            return [self._task("final", i, self.seed + i, best.setting) for i in range(self.seeds)]
-        setting = suggest(self.contender.axes, scores(tried), trials=self.trials, seed=self.seed)
-        return [self._task("tune", len(tried), self.seed + FIRST_TUNING_SEED + len(tried), setting)]
+        searches = self.trials - self.trials // 4
+        if len(tried) < searches:
+            setting = suggest(self.contender.axes, scores(tried), trials=searches, seed=self.seed)
+            return [self._trial(len(tried), setting)]
+        if len(tried) < self.trials:
+            ranking = sorted(tried[:searches], key=lambda run: _score([run]), reverse=True)
+            return [self._trial(k, ranking[k - searches].task.setting) for k in range(searches, self.trials)]
+        best = best_trial(tried)
+        return [self._task("final", i, self.seed + i, best.setting) for i in range(self.seeds)]
+
+    def _trial(self, index: int, setting: Setting) -> Task:
+        return self._task("tune", index, self.seed + FIRST_TUNING_SEED + index, setting)
 
     def _task(self, phase: Phase, index: int, seed: int, setting: Setting) -> Task:
         return Task(
@@ -58,13 +69,21 @@ class TunedCell:
 
 
 def best_trial(trials: Sequence[Run]) -> Task:
-    """The task of the trial with the highest accuracy; among equals the lowest loss, then the earliest."""
+    """The first task of the best setting: highest mean accuracy, among equals lowest mean loss, then the earliest.
 
-    def score(run: Run) -> tuple[float, float]:
-        loss = run.outcome.loss
-        return run.outcome.accuracy, -math.inf if loss is None else -loss
+    Settings that were tried once only are out, if there are others.
+    """
+    by_setting: dict[Setting, list[Run]] = {}
+    for run in trials:
+        by_setting.setdefault(run.task.setting, []).append(run)
+    repeated = [runs for runs in by_setting.values() if len(runs) > 1]
+    return max(repeated or by_setting.values(), key=_score)[0].task
 
-    return max(trials, key=score).task
+
+def _score(runs: Sequence[Run]) -> tuple[float, float]:
+    """Mean accuracy and mean loss (negative) of *runs*: the larger the better."""
+    losses = [math.inf if run.outcome.loss is None else run.outcome.loss for run in runs]
+    return math.fsum(run.outcome.accuracy for run in runs) / len(runs), -math.fsum(losses) / len(runs)
 
 
 def of_phase(phase: Phase, runs: Sequence[Run]) -> tuple[Run, ...]:

@@ -118,10 +118,10 @@ def tuning(result: CompareResult, name: str) -> Figure:
             axes.scatter(
                 [run.task.lr for run in cell.trials],
                 [100 * run.outcome.accuracy for run in cell.trials],
-                s=[70 if run.task == cell.best else 18 for run in cell.trials],
+                s=[70 if run.task.setting == cell.best.setting else 18 for run in cell.trials],
                 color=colors[cell.batch_size],
                 edgecolors=INK,
-                linewidths=[0.9 if run.task == cell.best else 0 for run in cell.trials],
+                linewidths=[0.9 if run.task.setting == cell.best.setting else 0 for run in cell.trials],
                 alpha=0.9,
             )
             lr = cell.contender.axes[0]

@@ -196,7 +196,7 @@ def _settings(result: CompareResult) -> str:
         "Usable learning rates: how far apart (in doublings) the tried learning rates around the best lie that are within two "
         "points of it; “≥” if they reach an end of what was tried. Diverged: runs whose loss stopped being finite, of all "
         f"{result.config.trials + result.config.seeds}. At an edge: settings in the outer 5 % of their range; a better one may "
-        "lie outside."
+        "lie outside, or the hyperparameter matters little."
     )
     verdict = f"{edges} of {len(finished)} chosen settings lie at an edge of the range that was searched."
     return _section(
@@ -237,8 +237,9 @@ def _protocol(result: CompareResult) -> str:
         "every batch size: larger batches mean fewer steps, and nothing is free. Step counts are rounded to whole steps.",
         f"Tuning. Each of the {len(result.cells)} cells (an optimizer at a batch size) gets {plural(config.trials, 'trial')}, "
         "over the learning rate on a logarithmic scale and, where the optimizer has one, its second sensitive hyperparameter. "
-        "The first half of the trials is a scrambled Sobol sequence, the same for all; the second half is proposed by Optuna's "
-        "Gaussian-process sampler.",
+        f"{plural(config.trials - config.trials // 4, 'trial')} search: the first half of them is a scrambled Sobol sequence, "
+        "the same for all, the second half is proposed by Optuna's Gaussian-process sampler. The other "
+        f"{config.trials // 4} repeat the best settings with another seed each, and the best mean wins.",
         f"No peeking. Tuning trains on {result.num_train - validation:,} training examples and is judged on the other "
         f"{validation:,}, after as many steps as a final run takes. It never sees the test split.",
         "Measurement. The best setting of each cell is trained on all training data with "

@@ -116,7 +116,7 @@ class CellResult:
 
     @property
     def best(self) -> Task:
-        """The trial whose setting the fresh seeds use: highest validation accuracy, then lowest loss."""
+        """The (first) trial of the setting that the fresh seeds use."""
         return best_trial(self.trials)
 
     @property

@@ -1,6 +1,6 @@
 """Tuning of one cell: which setting to try next, and the Optuna study that keeps what was tried.
 
-The first half of the trials is a scrambled Sobol sequence (even coverage, no luck needed), the second half is proposed by
+The first half of the search is a scrambled Sobol sequence (even coverage, no luck needed), the second half is proposed by
 Optuna's Gaussian-process sampler. `suggest` is a pure function of the finished trials and the seed: whoever continues an
 interrupted study gets the settings that the uninterrupted one would have got.
 """

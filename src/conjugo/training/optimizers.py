@@ -95,7 +95,7 @@ _ENTRIES = (
         second=_MOMENTUM,
         options={"alpha": 0.9, "momentum": 0.9, "eps": 1.0},
     ),
-    Entry(name="lars", factory=LARS, lr=10.0, lr_range=(0.3, 300.0), second=_MOMENTUM),
+    Entry(name="lars", factory=LARS, lr=10.0, lr_range=(0.5, 100.0), second=_MOMENTUM),
     Entry(name="lamb", factory=LAMB, lr=1e-2, lr_range=(1e-3, 1.0), second=_BETA1),
 )
 _CATALOGUE = {item.name: item for item in _ENTRIES}
