@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from conjugo.training.data import Dataset
 
-__all__ = ["LABELS", "PUBLISHED", "CifarPlan", "CifarResult", "cifar100", "run_on", "run_task"]
+__all__ = ["LABELS", "PUBLISHED", "CifarPlan", "CifarResult", "cifar100", "experiment", "run_on", "run_task"]
 
 TRAIN = TrainConfig(
     data="cifar100",
@@ -102,40 +102,42 @@ def run_on(plan: CifarPlan, task: Task, dataset: Dataset) -> Outcome:
     return train_once(base, contender, task, dataset, steps=steps, evaluations=plan.evaluations)
 
 
-def cifar100(
-    request: Request,
-    *,
-    plan: CifarPlan | None = None,
-    run: Callable[[CifarPlan, Task], Outcome] = run_task,
-) -> CifarResult:
-    """Do the experiment. plan: None is the whole of it; run: does one run (a stand-in for tests).
+def cifar100(request: Request) -> CifarResult:
+    """Do the whole experiment.
 
-    Raises ValueError without an accelerator, unless forced.
+    Raises ValueError without an accelerator, unless forced, and DataUnavailable without the data.
     """
+    plan = CifarPlan()
+    _check_device(plan, force=request.force)
+    load_data(plan.train, None, None)
+    return experiment(request, plan)
+
+
+def _check_device(plan: CifarPlan, *, force: bool) -> None:
+    from conjugo.training.machine import choose_device
+
+    if choose_device(plan.train.device).type == "cpu" and not force:
+        runs = sum(cell.size for cell in plan.cells())
+        raise ValueError(
+            f"reproduce: scale 'gpu' is {runs} runs of {plan.train.epochs:g} epochs with ResNet-32, 4e15 floating-point "
+            "operations each; torch finds no accelerator here, and a CPU would take weeks. Use scale 'cpu', or force it"
+        )
+
+
+def experiment(
+    request: Request, plan: CifarPlan, *, run: Callable[[CifarPlan, Task], Outcome] = run_task
+) -> CifarResult:
+    """Do the experiment of *plan*; run: does one run (a stand-in for tests)."""
     from conjugo.studies.reproduce import figures
 
-    plan = CifarPlan() if plan is None else plan
-    cells = plan.cells()
-    _check_device(plan, cells, force=request.force)
     train = plan.train.to_dict()
     description = {"paper": "nlcg", "scale": "gpu", **asdict(plan), "train": train, "adamw_decay": _ADAMW_DECAY}
-    results, crashes = run_grids(cells, partial(run, plan), description, request)
+    results, crashes = run_grids(plan.cells(), partial(run, plan), description, request)
     result = CifarResult(plan, results, crashes, versions(plan.train))
     if request.out is not None:
         drawn = {f"curves_{batch}": figures.curves(result, batch) for batch in plan.grids}
         save(result.to_dict(), drawn, request.out)
     return result
-
-
-def _check_device(plan: CifarPlan, cells: list[Grid], *, force: bool) -> None:
-    from conjugo.training.machine import choose_device
-
-    if choose_device(plan.train.device).type == "cpu" and not force:
-        runs = sum(cell.size for cell in cells)
-        raise ValueError(
-            f"reproduce: scale 'gpu' is {runs} runs of {plan.train.epochs:g} epochs with ResNet-32, 4e15 floating-point "
-            "operations each; torch finds no accelerator here, and a CPU would take weeks. Use scale 'cpu', or force it"
-        )
 
 
 @dataclass(frozen=True)
