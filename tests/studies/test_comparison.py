@@ -156,12 +156,14 @@ def test_what_the_run_directory_holds(tmp_path):
     assert float(table[0]["accuracy"]) == pytest.approx(sum(result.cells[0].accuracies) / 2, abs=1e-15)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_without_the_journal_the_results_are_enough(tmp_path):
     result = compare(config(), out=tmp_path, run=pretend)
     (tmp_path / "journal.jsonl").unlink()
     assert load_result(tmp_path) == result
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_folder_holds_one_comparison(tmp_path):
     compare(config(), out=tmp_path, run=pretend)
     before = (tmp_path / "journal.jsonl").read_bytes()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.studies.stand_ins import config, pretend, pretend_and_die_once
 
-from conjugo.studies import compare, load_result, report
+from conjugo.studies import compare, load_result
 from conjugo.studies.records import read_journal
 
 RUNS = 4 * (4 + 2)
@@ -32,13 +32,6 @@ class Counted:
 @pytest.fixture(scope="module")
 def uninterrupted():
     return compare(config(), run=pretend)
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """Spares the seconds that drawing takes."""
-    monkeypatch.setattr(report, "write", lambda result, path: None)
-    monkeypatch.setattr(report, "write_plots", lambda result, out: None)
 
 
 @pytest.mark.usefixtures("no_report")
