@@ -120,7 +120,8 @@ def _check_device(plan: CifarPlan, *, force: bool) -> None:
         runs = sum(cell.size for cell in plan.cells())
         raise ValueError(
             f"reproduce: scale 'gpu' is {runs} runs of {plan.train.epochs:g} epochs with ResNet-32, 4e15 floating-point "
-            "operations each; torch finds no accelerator here, and a CPU would take weeks. Use scale 'cpu'; from Python force=True does it all the same"
+            "operations each; torch finds no accelerator here, and a CPU would take weeks. Use "
+            "scale 'cpu', or force=True from Python"
         )
 
 
