@@ -18,7 +18,7 @@ __all__ = ["Diagnosis", "diagnose"]
 _EXTRAS = {
     "study": ("optuna", "matplotlib", "scipy"),
     "data": ("pyarrow", "PIL"),
-    "vision": ("torchvision",),
+    "vision": ("PIL",),
     "tensorboard": ("tensorboard",),
 }
 

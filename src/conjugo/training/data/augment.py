@@ -53,6 +53,8 @@ class Augment:
         """
         given = f"{images.dtype} {list(images.shape)}"
         check(images.dtype == torch.uint8 and images.ndim == 4, "Augment", "images", given, "uint8 [B, C, H, W]")
+        fits = self.standardize != "channel" or len(self.mean) in (1, images.shape[1])
+        check(fits, "Augment", "mean", self.mean, f"one number or one per channel of {given}")
         if not train:
             return self._standardise(images)
         if self.pad or self.flip:
@@ -78,7 +80,7 @@ class Augment:
     def _standardise(self, images: Tensor) -> Tensor:
         x = images.to(torch.float32, memory_format=torch.contiguous_format)
         if self.standardize == "image":
-            n = x[0].numel()
+            n = x.shape[1:].numel()
             flat = x.flatten(1)
             flat -= flat.mean(dim=1, keepdim=True)
             # std = |x - mean| / sqrt(n): several times faster than torch.std on a CPU.

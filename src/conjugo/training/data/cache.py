@@ -13,7 +13,7 @@ import math
 import os
 import stat
 import struct
-import tempfile
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from conjugo._files import write_aside
 from conjugo.training.data.dataset import Dataset, Split
 from conjugo.training.data.source import Source
 
@@ -31,6 +32,7 @@ _MAGIC = b"conjugo1"
 _PREFIX = struct.Struct("<8sII")  # magic, CRC-32, length of the header
 _CHECKED_FROM = 12  # the CRC covers everything behind itself
 _ALIGNMENT = 64
+_ABANDONED = 3600.0  # seconds after which a half-written file is taken for that of a killed process
 
 
 def user_cache() -> Path:
@@ -136,14 +138,7 @@ def _write(path: Path, dataset: Dataset, fingerprint: dict[str, Any]) -> None:
     for chunk in chunks:
         checksum = zlib.crc32(chunk, checksum)
     chunks.insert(0, _PREFIX.pack(_MAGIC, checksum, len(encoded))[:_CHECKED_FROM])
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_aside(path, lambda file: file.writelines(chunks))
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        if time.time() - leftover.stat().st_mtime > _ABANDONED:
+            leftover.unlink(missing_ok=True)

@@ -42,6 +42,7 @@ class Dataset:
     """A classification data set that lies in memory, or in a mapped file, as a whole.
 
     name: the name under which it was loaded. kind: ``image`` or ``table``. classes: names of the classes, by index.
+    Raises ValueError when the splits differ in shape or a target is no index into *classes*.
     """
 
     name: str
@@ -49,6 +50,21 @@ class Dataset:
     train: Split
     test: Split
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for part, split in (("train", self.train), ("test", self.test)):
+            shape = tuple(split.inputs.shape[1:])
+            check(shape == self.input_shape, "Dataset", part, shape, f"of input shape {self.input_shape}")
+            if len(split):
+                lowest, highest = (int(t) for t in split.targets.aminmax())
+                accepted = f"class indices in 0..{self.num_classes - 1}"
+                check(
+                    lowest >= 0 and highest < self.num_classes,
+                    "Dataset",
+                    f"{part}.targets",
+                    (lowest, highest),
+                    accepted,
+                )
 
     @property
     def num_classes(self) -> int:

@@ -75,6 +75,7 @@ def _transfer(url: str, part: Path, have: int, progress: Progress | None) -> Non
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # nothing follows what we have: the checksum decides
         raise

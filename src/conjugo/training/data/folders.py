@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +24,8 @@ _CLASSES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "mnist": tuple("0123456789"),
 }
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_GREY = ("1", "L", "LA")
 _BLOCK = 256  # images per task of the thread pool: a task per image would cost more than decoding one
 
 
@@ -62,10 +62,10 @@ def find_npz(name: str, folder: Path) -> Source | None:
     def read() -> Dataset:
         try:
             # No pickles: an npz file from anywhere cannot execute code.
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 train = _npz_pair(arrays["x_train"], arrays["y_train"])
                 test = _npz_pair(arrays["x_test"], arrays["y_test"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # whatever zipfile, zlib and numpy raise on bytes that mean something else
             raise CorruptFile(f"{path}: not an MNIST-style npz file ({error})") from error
         return image_dataset(name, folder, _classes(name, folder), train, test)
 
@@ -78,26 +78,37 @@ def find_imagefolder(name: str, folder: Path, image_size: int | None) -> Source 
     test = next((path for path in (folder / "val", folder / "test") if path.is_dir()), None)
     if not train.is_dir() or test is None:
         return None
-    vision = require("torchvision.datasets", "vision", "a folder of images")
-    try:
-        splits = [vision.ImageFolder(str(path)) for path in (train, test)]
-    except (FileNotFoundError, RuntimeError) as error:
-        raise DataUnavailable(f"{folder}: not one folder per class ({error})") from error
-    if splits[0].classes != splits[1].classes:
-        raise CorruptFile(f"{folder}: {train.name} and {test.name} have different classes")
-    samples = [(Path(path), label) for split in splits for path, label in split.samples]
-    boundary = len(splits[0].samples)
+    train_files, test_files = _by_class(train), _by_class(test)
+    classes = tuple(train_files)
+    if classes != tuple(test_files):
+        different = ", ".join(sorted(set(train_files) ^ set(test_files)))
+        raise CorruptFile(f"{folder}: {train.name} and {test.name} do not have the same classes ({different})")
+    samples = [
+        (path, label) for split in (train_files, test_files) for label, c in enumerate(classes) for path in split[c]
+    ]
+    paths = [path for path, _ in samples]
+    boundary = sum(map(len, train_files.values()))
 
     def read() -> Dataset:
-        paths = [path for path, _ in samples]
         images = _decode([str(path) for path in paths], lambda i: paths[i].read_bytes(), image_size)
         labels = np.array([label for _, label in samples], dtype=np.int64)
-        classes = tuple(splits[0].classes)
         return image_dataset(
             name, folder, classes, (images[:boundary], labels[:boundary]), (images[boundary:], labels[boundary:])
         )
 
-    return Source(name, folder, tuple(path for path, _ in samples), _variant(image_size), read)
+    return Source(name, folder, tuple(paths), _variant(image_size), read)
+
+
+def _by_class(split: Path) -> dict[str, list[Path]]:
+    """The images at any depth below each sub-folder of *split*, classes and paths in alphabetical order."""
+    names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
+    found = {name: sorted(p for p in (split / name).rglob("*") if p.suffix.lower() in _SUFFIXES) for name in names}
+    if not found:
+        raise DataUnavailable(f"{split}: no folders, and so no classes; images belong in {split}/<class>/")
+    for name, paths in found.items():
+        if not paths:
+            raise DataUnavailable(f"{split / name}: no images ({', '.join(_SUFFIXES)})")
+    return found
 
 
 def _variant(image_size: int | None) -> str:
@@ -111,7 +122,11 @@ def _classes_file(folder: Path) -> tuple[Path, ...]:
 
 def _classes(name: str, folder: Path) -> tuple[str, ...] | None:
     for path in _classes_file(folder):
-        return tuple(path.read_text(encoding="utf-8").split("\n")[:-1])
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise CorruptFile(f"{path}: not a text file with one class per line ({error})") from error
+        return tuple(line.strip() for line in lines if line.strip())
     return _CLASSES.get(name)
 
 
@@ -147,6 +162,10 @@ def _read_parquet(paths: Sequence[Path]) -> tuple[dict[Path, list[bytes]], dict[
                     f"{path}: columns label and one of {', '.join(_IMAGE_COLUMNS)} expected, found {found}"
                 )
             blobs[path] = table.column(column).cast(arrow.binary()).to_pylist()
+            if table.column("label").null_count or not len(table):
+                raise CorruptFile(
+                    f"{path}: {len(table)} rows, {table.column('label').null_count} of them without label"
+                )
             labels[path] = table.column("label").cast(arrow.int64()).to_numpy()
         except (arrow.ArrowException, OSError) as error:
             raise CorruptFile(f"{path}: not a readable parquet file of images and labels ({error})") from error
@@ -154,41 +173,39 @@ def _read_parquet(paths: Sequence[Path]) -> tuple[dict[Path, list[bytes]], dict[
 
 
 def _decode(places: Sequence[str], encoded: Callable[[int], bytes], image_size: int | None) -> npt.NDArray[np.uint8]:
-    """Decode images to uint8 [N, C, H, W]; C is 1 if the first image is grey, else 3.
+    """Decode images to uint8 [N, C, H, W]; C is 1 if the first image is grey (then all must be), else 3.
 
     places: where each image lies, for messages. encoded: bytes of the i-th. image_size: side in pixels to which each
     image is brought (shorter side resized, middle cut out); None: all must have the size of the first.
     """
-    pillow = require("PIL.Image", "data", "decoding images")
-    ops = require("PIL.ImageOps", "data", "decoding images")
+    pillow = require("PIL.Image", "vision", "decoding images")
+    ops = require("PIL.ImageOps", "vision", "decoding images")
 
-    def pixels(i: int, mode: str | None) -> npt.NDArray[np.uint8]:
+    def pixels(i: int) -> npt.NDArray[np.uint8]:
+        """[C, H, W]."""
         try:
             with pillow.open(io.BytesIO(encoded(i))) as image:
-                picture = image.convert(mode or ("L" if image.mode == "L" else "RGB"))
-        except (OSError, SyntaxError, ValueError, TypeError, pillow.DecompressionBombError) as error:
+                picture = image.convert("L" if image.mode in _GREY else "RGB")
+        except Exception as error:  # whatever Pillow's decoders raise
             raise CorruptFile(f"{places[i]}: not a readable image ({error})") from error
         if image_size is not None:
             picture = ops.fit(picture, (image_size, image_size), pillow.Resampling.BICUBIC)
-        array: npt.NDArray[np.uint8] = np.asarray(picture)
-        return array
+        return np.atleast_3d(np.asarray(picture, dtype=np.uint8)).transpose(2, 0, 1)
 
-    first = pixels(0, None)
-    mode = "L" if first.ndim == 2 else "RGB"
-    interleaved = np.empty((len(places), *first.shape), dtype=np.uint8)
+    channels, height, width = pixels(0).shape
+    images = np.empty((len(places), channels, height, width), dtype=np.uint8)
 
     def decode_block(start: int) -> None:
         for i in range(start, min(start + _BLOCK, len(places))):
-            array = pixels(i, mode)
-            if array.shape != first.shape:
-                sizes = (
-                    f"{array.shape[1]}x{array.shape[0]} pixels, not {first.shape[1]}x{first.shape[0]} like the first"
-                )
-                raise CorruptFile(f"{places[i]}: {sizes}; give image_size to bring all to one size")
-            interleaved[i] = array
+            planes = pixels(i)
+            if planes.shape[0] > channels:
+                raise CorruptFile(f"{places[i]}: a colour image, but the first one is grey")
+            if planes.shape[1:] != (height, width):
+                size = f"{planes.shape[2]}x{planes.shape[1]} pixels, not {width}x{height} like the first"
+                raise CorruptFile(f"{places[i]}: {size}; give image_size to bring all to one size")
+            images[i] = planes  # grey ones get three equal channels where the first has colour
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for _ in pool.map(decode_block, range(0, len(places), _BLOCK)):
             pass
-    planes = interleaved[:, None] if mode == "L" else interleaved.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(planes)
+    return images

@@ -172,7 +172,8 @@ def _check_name(name: str) -> None:
 def _folders(name: str, root: str | os.PathLike[str] | None) -> list[Path]:
     """Where to look, in this order."""
     if root is not None:
-        return [Path(root)] if name in _GENERIC else [Path(root), Path(root) / name, Path(root) / f"{name}-jpeg"]
+        folder = Path(root).expanduser()
+        return [folder] if name in _GENERIC else [folder, folder / name, folder / f"{name}-jpeg"]
     shared = os.environ.get(_DATA_VARIABLE)
     beside = [Path(shared) / name, Path(shared) / f"{name}-jpeg"] if shared else []
     return [*beside, user_cache() / "data" / name]

@@ -39,7 +39,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataUnavailable(f"{purpose} needs {module.partition('.')[0]}: pip install conjugo[{extra}]") from error
+        raise DataUnavailable(f"{purpose} needs {module.partition('.')[0]}: pip install 'conjugo[{extra}]'") from error
 
 
 def image_dataset(
@@ -51,8 +51,10 @@ def image_dataset(
 ) -> Dataset:
     """Dataset of (images [N, C, H, W], labels [N]) pairs; classes None: numbered.
 
-    Raises CorruptFile naming *folder* when labels have no class or the shapes differ.
+    Raises CorruptFile naming *folder* when a split is empty, labels have no class or the shapes differ.
     """
+    if not len(train[1]) or not len(test[1]):
+        raise CorruptFile(f"{folder}: {len(train[1])} training and {len(test[1])} test images; both must be there")
     labels = np.concatenate([train[1], test[1]])
     if classes is None:
         classes = tuple(str(i) for i in range(int(labels.max()) + 1))
