@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from conjugo.studies import statistics
 from conjugo.studies.records import Outcome, Task
 from conjugo.studies.reproduce.grids import Grid, GridResult, run_grids, save
-from conjugo.studies.reproduce.paper import Claim, Request, new_table, p_equals, sentences
+from conjugo.studies.reproduce.paper import Claim, Judge, Request, above, compared, near, new_table, sentences
 from conjugo.studies.runs import Contender, load_data, train_once, versions
 from conjugo.studies.summary import percent
 from conjugo.training import TrainConfig
@@ -190,6 +190,7 @@ class CifarResult:
     def text(self) -> str:
         """What reproduced and what did not."""
         notes = [
+            "To be above counts only where it is significant (Welch's test, p < 0.05).",
             "Where a best learning rate is compared, it is the best on the test data, for all optimizers alike.",
             *(f"Given up: {crash}" for crash in self.crashes),
         ]
@@ -202,34 +203,28 @@ class CifarResult:
             size = f"at batch {batch:,}"
             if batch == max(self.plan.grids):
                 statement = f"{size} NLCG is above momentum, each at its best learning rate (published: 19 points)"
-                claims.append(Claim(statement, self._against_momentum(batch, lambda gain: gain > 0)))
+                claims.append(Claim(statement, self._against_momentum(batch, above(0.0))))
                 statement = f"{size} NLCG is at least 3 points above momentum at the largest learning rate"
                 claims.append(Claim(statement, self._at_the_largest(batch)))
             else:
                 statement = f"{size}, the control, NLCG and momentum are within 2 points of each other"
-                claims.append(Claim(statement, self._against_momentum(batch, lambda gain: abs(gain) <= 0.02)))
+                claims.append(Claim(statement, self._against_momentum(batch, near(0.02))))
         return claims
 
-    def _against_momentum(self, batch: int, holds: Callable[[float], bool]) -> dict[str, tuple[bool | None, str]]:
+    def _against_momentum(self, batch: int, holds: Judge) -> dict[str, tuple[bool | None, str]]:
         return self._cases(batch, holds, lambda cell: cell.accuracies)
 
     def _at_the_largest(self, batch: int) -> dict[str, tuple[bool | None, str]]:
-        return self._cases(batch, lambda gain: gain >= 0.03, lambda cell: cell.at(cell.grid.lrs[-1]))
+        return self._cases(batch, above(0.03), lambda cell: cell.at(cell.grid.lrs[-1]))
 
     def _cases(
-        self, batch: int, holds: Callable[[float], bool], measured: Callable[[GridResult], list[float]]
+        self, batch: int, holds: Judge, measured: Callable[[GridResult], list[float]]
     ) -> dict[str, tuple[bool | None, str]]:
-        cases: dict[str, tuple[bool | None, str]] = {}
-        momentum = self.cell("momentum", batch)
-        for name in ("nlcg-step", "nlcg"):
-            ours = self.cell(name, batch)
-            if ours is None or momentum is None:
-                cases[LABELS[name]] = None, "not run"
-                continue
-            a, b = measured(ours), measured(momentum)
-            gain = statistics.mean_sd(a)[0] - statistics.mean_sd(b)[0]
-            cases[LABELS[name]] = holds(gain), f"{100 * gain:+.1f} points ({p_equals(statistics.welch(a, b))})"
-        return cases
+        def of(name: str) -> list[float] | None:
+            cell = self.cell(name, batch)
+            return None if cell is None else measured(cell)
+
+        return {LABELS[name]: compared(of(name), of("momentum"), holds) for name in ("nlcg-step", "nlcg")}
 
 
 def _at(cell: GridResult, lr: float) -> str:

@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 from conjugo.studies import statistics
 from conjugo.studies.records import Outcome, Task
 from conjugo.studies.reproduce.grids import Grid, GridResult, run_grids, save
-from conjugo.studies.reproduce.paper import Claim, Request, listed, new_table, p_equals, sentences
+from conjugo.studies.reproduce.paper import (
+    Claim,
+    Judge,
+    Request,
+    above,
+    compared,
+    listed,
+    near,
+    new_table,
+    not_below,
+    sentences,
+)
 from conjugo.studies.runs import Contender, load_data, train_once, tuning_data, versions
 from conjugo.studies.summary import percent
 from conjugo.training import TrainConfig
@@ -190,12 +201,14 @@ class DigitsResult:
     def claims(self) -> list[Claim]:
         """What was expected, judged by the runs."""
         return [
-            self._above("nlcg", "momentum", 0.005, "NLCG (FR + BFGS) is at least half a point above tuned momentum"),
-            self._above("nlcg-fr", "momentum", 0.0, "NLCG without preconditioner is not below tuned momentum"),
-            self._above("nlcg", "sgd", 0.02, "NLCG (FR + BFGS) is at least two points above SGD"),
-            self._near("nlcg-pr", "sgd", 0.02, "with Polak-Ribière NLCG is within two points of SGD"),
-            self._near("rmsprop", "momentum", 0.01, "RMSProp with ε = 1 is within one point of momentum"),
-            self._above("adamw", "nlcg", 0.0, "AdamW is not beaten by NLCG"),
+            self._claim(
+                "NLCG (FR + BFGS) is at least half a point above tuned momentum", "nlcg", "momentum", above(0.005)
+            ),
+            self._claim("NLCG without preconditioner is not below tuned momentum", "nlcg-fr", "momentum", not_below),
+            self._claim("NLCG (FR + BFGS) is at least two points above SGD", "nlcg", "sgd", above(0.02)),
+            self._claim("with Polak-Ribière NLCG is within two points of SGD", "nlcg-pr", "sgd", near(0.02)),
+            self._claim("RMSProp with ε = 1 is within one point of momentum", "rmsprop", "momentum", near(0.01)),
+            self._claim("AdamW is not beaten by NLCG", "adamw", "nlcg", not_below),
             Claim(
                 "the usable learning rates of NLCG (FR + BFGS) span at least one octave more than momentum's",
                 {f"{steps} steps": self._wider(steps) for steps in self.plan.steps},
@@ -207,23 +220,13 @@ class DigitsResult:
             ),
         ]
 
-    def _above(self, name: str, other: str, least: float, statement: str) -> Claim:
-        return self._compared(name, other, lambda difference: difference >= least, statement)
-
-    def _near(self, name: str, other: str, most: float, statement: str) -> Claim:
-        return self._compared(name, other, lambda difference: abs(difference) <= most, statement)
-
-    def _compared(self, name: str, other: str, holds: Callable[[float], bool], statement: str) -> Claim:
-        cases: dict[str, tuple[bool | None, str]] = {}
+    def _claim(self, statement: str, name: str, other: str, holds: Judge) -> Claim:
+        cases = {}
         for steps in self.plan.steps:
-            ours, theirs = self.cell(name, steps), self.cell(other, steps)
-            case = f"{steps} steps"
-            if ours is None or theirs is None:
-                cases[case] = None, "not run"
-                continue
-            difference = _mean(ours) - _mean(theirs)
-            p = statistics.welch(ours.accuracies, theirs.accuracies)
-            cases[case] = holds(difference), f"{100 * difference:+.1f} points ({p_equals(p)})"
+            ours, theirs = (
+                None if cell is None else cell.accuracies for cell in (self.cell(name, steps), self.cell(other, steps))
+            )
+            cases[f"{steps} steps"] = compared(ours, theirs, holds)
         return Claim(statement, cases)
 
     def _wider(self, steps: int) -> tuple[bool | None, str]:
@@ -243,12 +246,11 @@ class DigitsResult:
         if not shared:
             return None, "no common learning rate"
         lr = min(shared, key=lambda lr: abs(math.log(lr / (3 * momentum.best))))
-        a, b = ours.at(lr), momentum.at(lr)
-        gain = statistics.mean_sd(a)[0] - statistics.mean_sd(b)[0]
-        return gain >= 0.03, f"{100 * gain:+.1f} points at {lr:.2g} ({p_equals(statistics.welch(a, b))})"
+        holds, said = compared(ours.at(lr), momentum.at(lr), above(0.03))
+        return holds, f"{said} at {lr:.2g}"
 
     def _notes(self) -> list[str]:
-        notes = []
+        notes = ["To be above or below counts only where it is significant (Welch's test, p < 0.05)."]
         edges = [f"{LABELS[c.grid.contender]} at {c.grid.study} steps" for c in self.cells if c.at_edge]
         if edges:
             notes.append(f"The best learning rate is at the edge of the grid for {listed(edges)}: there may be better.")

@@ -7,13 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from conjugo.studies.summary import p_text
+from conjugo.studies import statistics
+from conjugo.studies.summary import SIGNIFICANT, p_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["Claim", "Paper", "Request", "Result", "listed", "new_table", "p_equals", "sentences"]
+__all__ = [
+    "Claim",
+    "Judge",
+    "Paper",
+    "Request",
+    "Result",
+    "above",
+    "compared",
+    "listed",
+    "near",
+    "new_table",
+    "not_below",
+    "sentences",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +101,34 @@ def listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def p_equals(p: float | None) -> str:
-    """``p = 0.012``, ``p < 0.001``, or ``no test``."""
+Judge = Callable[[float, float | None], bool | None]
+"""Says of a difference of means, and of the p-value of Welch's test that there is none, whether a claim holds."""
+
+
+def above(least: float) -> Judge:
+    """Better by at least *least*, and significantly better; cannot be judged where there is no test."""
+    return lambda gain, p: None if p is None else gain >= least and gain > 0 and p < SIGNIFICANT
+
+
+def not_below(gain: float, p: float | None) -> bool:
+    """Not significantly worse."""
+    return gain >= 0 or (p is not None and p >= SIGNIFICANT)
+
+
+def near(most: float) -> Judge:
+    """Means at most *most* apart."""
+    return lambda gain, p: abs(gain) <= most
+
+
+def compared(ours: Sequence[float] | None, theirs: Sequence[float] | None, holds: Judge) -> tuple[bool | None, str]:
+    """A case of a claim about the accuracies *ours* compared to *theirs*; None: these runs are not there."""
+    if ours is None or theirs is None:
+        return None, "not run"
+    gain = statistics.mean_sd(ours)[0] - statistics.mean_sd(theirs)[0]
+    p = statistics.welch(ours, theirs)
     text = p_text(p)
-    return "no test" if p is None else f"p {text}" if text.startswith("<") else f"p = {text}"
+    test = "no test" if p is None else f"p {text}" if text.startswith("<") else f"p = {text}"
+    return holds(gain, p), f"{100 * gain:+.1f} points ({test})"
 
 
 def new_table(title: str, caption: str) -> Table:
