@@ -66,8 +66,11 @@ def fetch(
     Raises UnknownName, DataUnavailable (no network, or data that cannot be downloaded), CorruptFile (wrong checksum).
     """
     _check_name(name)
+    if name in bundled.NAMES:
+        raise DataUnavailable(f"{name!r} comes with scikit-learn; there is nothing to fetch")
     if name not in archives.ARCHIVES:
-        raise DataUnavailable(_how_to_get(name, root))
+        place = _download_folder(name, root)
+        raise DataUnavailable(f"{name!r} cannot be downloaded; folder {place}: {_advice(name)}")
     archive = archives.ARCHIVES[name]
     path = _download_folder(name, root) / archive.file
     if not path.is_file():
@@ -204,16 +207,18 @@ def _locate(name: str, root: str | os.PathLike[str] | None, image_size: int | No
 
 
 def _how_to_get(name: str, root: str | os.PathLike[str] | None) -> str:
-    searched = ", ".join(str(folder) for folder in _folders(name, root))
+    searched = ", ".join(map(str, _folders(name, root)))
+    where = "" if root is not None else f"; {_DATA_VARIABLE} may name a folder that holds {name}/"
+    return f"no data for {name!r} in {searched}: {_advice(name)}{where}"
+
+
+def _advice(name: str) -> str:
     forms = (
         "train*.parquet and test*.parquet (columns label and webp, jpeg, png or image), "
         "or an npz file with x_train, y_train, x_test, y_test"
     )
     if name in archives.ARCHIVES:
-        advice = f"run `conjugo data fetch {name}`, or put {archives.ARCHIVES[name].file} there, or {forms}"
-    elif name == "imagefolder":
-        advice = "it must hold images in train/<class>/ and val/<class>/"
-    else:
-        advice = f"put there {forms}"
-    where = "" if root is not None else f"; {_DATA_VARIABLE} may name a folder that holds {name}/"
-    return f"no data for {name!r} in {searched}: {advice}{where}"
+        return f"run `conjugo data fetch {name}`, or put {archives.ARCHIVES[name].file} there, or {forms}"
+    if name == "imagefolder":
+        return "it must hold images in train/<class>/ and val/<class>/"
+    return f"put there {forms}"
