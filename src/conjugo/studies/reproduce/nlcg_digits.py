@@ -46,6 +46,7 @@ LABELS = {
     "momentum": "momentum 0.9",
     "rmsprop": "RMSProp, ε = 1",
     "nlcg": "NLCG FR + BFGS",
+    "nlcg-step": "same, line search",
     "nlcg-fr": "NLCG FR",
     "nlcg-pr": "NLCG PR + BFGS",
     "adamw": "AdamW",
@@ -56,6 +57,7 @@ EXPECTED: Mapping[str, Mapping[int, float]] = {
     "momentum": {30: 0.884, 60: 0.934, 120: 0.967},
     "rmsprop": {30: 0.884, 60: 0.934},
     "nlcg": {30: 0.893, 60: 0.952, 120: 0.974},
+    "nlcg-step": {},
     "nlcg-fr": {30: 0.896, 60: 0.942},
     "nlcg-pr": {30: 0.759, 60: 0.760},
     "adamw": {30: 0.933, 60: 0.958, 120: 0.982},
@@ -65,10 +67,11 @@ learning rate chosen on the test data, four seeds."""
 
 
 def _grids() -> dict[str, tuple[float, ...]]:
-    # Two thirds of an octave apart, from too small to beyond the edge of stability, which is higher without momentum.
-    usual = tuple(0.025 * 2 ** (2 * k / 3) for k in range(8))
-    higher = tuple(0.04 * 2 ** (2 * k / 3) for k in range(8))
-    grids = {name: higher if name in ("sgd", "nlcg-pr") else usual for name in LABELS}
+    # Two thirds of an octave apart, from too small to too large. Without momentum and with a line search "too large"
+    # comes later.
+    rates = tuple(0.025 * 2 ** (2 * k / 3) for k in range(9))
+    late = ("sgd", "nlcg-step", "nlcg-pr")
+    grids = {name: rates[1:] if name in late else rates[:-1] for name in LABELS}
     return grids | {"adamw": tuple(0.001 * 2**k for k in range(8))}
 
 
@@ -200,6 +203,7 @@ class DigitsResult:
 
     def claims(self) -> list[Claim]:
         """What was expected, judged by the runs."""
+        variants = {"nlcg": "FR + BFGS", "nlcg-step": "FR + BFGS, line search"}
         return [
             self._claim(
                 "NLCG (FR + BFGS) is at least half a point above tuned momentum", "nlcg", "momentum", above(0.005)
@@ -209,14 +213,20 @@ class DigitsResult:
             self._claim("with Polak-Ribière NLCG is within two points of SGD", "nlcg-pr", "sgd", near(0.02)),
             self._claim("RMSProp with ε = 1 is within one point of momentum", "rmsprop", "momentum", near(0.01)),
             self._claim("AdamW is not beaten by NLCG", "adamw", "nlcg", not_below),
-            Claim(
-                "the usable learning rates of NLCG (FR + BFGS) span at least one octave more than momentum's",
-                {f"{steps} steps": self._wider(steps) for steps in self.plan.steps},
+            *(
+                Claim(
+                    f"the usable learning rates of NLCG ({variant}) span at least one octave more than momentum's",
+                    {f"{steps} steps": self._wider(name, steps) for steps in self.plan.steps},
+                )
+                for name, variant in variants.items()
             ),
-            Claim(
-                "at three times momentum's best learning rate NLCG (FR + BFGS) is at least 3 points above momentum "
-                "(validation accuracy, at the learning rate of the grid that is nearest to that)",
-                {f"{steps} steps": self._at_three_times(steps) for steps in self.plan.steps},
+            *(
+                Claim(
+                    f"at three times momentum's best learning rate NLCG ({variant}) is at least 3 points above momentum "
+                    "(validation accuracy, at the learning rate of the grid that is nearest to that)",
+                    {f"{steps} steps": self._at_three_times(name, steps) for steps in self.plan.steps},
+                )
+                for name, variant in variants.items()
             ),
         ]
 
@@ -229,8 +239,8 @@ class DigitsResult:
             cases[f"{steps} steps"] = compared(ours, theirs, holds)
         return Claim(statement, cases)
 
-    def _wider(self, steps: int) -> tuple[bool | None, str]:
-        cells = self.cell("nlcg", steps), self.cell("momentum", steps)
+    def _wider(self, name: str, steps: int) -> tuple[bool | None, str]:
+        cells = self.cell(name, steps), self.cell("momentum", steps)
         if cells[0] is None or cells[1] is None:
             return None, "not run"
         ours, theirs = (cell.octaves for cell in cells if cell is not None)
@@ -238,8 +248,8 @@ class DigitsResult:
             return None, f"{ours or 'too narrow for the grid'} against {theirs or 'too narrow for the grid'}"
         return ours.width - theirs.width >= 1, f"{ours} against {theirs} octaves"
 
-    def _at_three_times(self, steps: int) -> tuple[bool | None, str]:
-        ours, momentum = self.cell("nlcg", steps), self.cell("momentum", steps)
+    def _at_three_times(self, name: str, steps: int) -> tuple[bool | None, str]:
+        ours, momentum = self.cell(name, steps), self.cell("momentum", steps)
         if ours is None or momentum is None:
             return None, "not run"
         shared = [lr for lr in momentum.grid.lrs if lr in ours.grid.lrs]
