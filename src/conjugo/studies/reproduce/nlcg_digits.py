@@ -176,19 +176,20 @@ class DigitsResult:
 
     def _rates_table(self) -> RenderableType:
         table = new_table(
-            "Chosen learning rate, and width of the usable ones in octaves",
+            "Chosen learning rate · width of the usable ones in octaves",
             "Usable: mean validation accuracy within 2 points of the best. ≥: as far as the grid goes; –: fewer than "
             "three learning rates of the grid. * the best one is at the edge of the grid.",
         )
         for steps in self.plan.steps:
-            table.add_column(f"{steps} steps", justify="right")
-            table.add_column("octaves", justify="right")
+            table.add_column(f"{steps} steps", justify="right", no_wrap=True)
         for name in self.plan.grids:
             row = []
             for steps in self.plan.steps:
                 cell = self.cell(name, steps)
-                row.append("–" if cell is None else f"{cell.best:.2g}{'*' if cell.at_edge else ''}")
-                row.append("–" if cell is None or cell.octaves is None else str(cell.octaves))
+                if cell is None:
+                    row.append("–")
+                    continue
+                row.append(f"{cell.best:.2g}{'*' if cell.at_edge else ''} · {str(cell.octaves or '–'):>5}")
             table.add_row(LABELS[name], *row)
         return table
 
@@ -246,7 +247,8 @@ class DigitsResult:
         ours, theirs = (cell.octaves for cell in cells if cell is not None)
         if ours is None or theirs is None or theirs.at_least:
             return None, f"{ours or 'too narrow for the grid'} against {theirs or 'too narrow for the grid'}"
-        return ours.width - theirs.width >= 1, f"{ours} against {theirs} octaves"
+        wider = ours.width - theirs.width >= 1
+        return None if ours.at_least and not wider else wider, f"{ours} against {theirs} octaves"
 
     def _at_three_times(self, name: str, steps: int) -> tuple[bool | None, str]:
         ours, momentum = self.cell(name, steps), self.cell("momentum", steps)
