@@ -189,7 +189,7 @@ class DigitsResult:
                 if cell is None:
                     row.append("–")
                     continue
-                row.append(f"{cell.best:.2g}{'*' if cell.at_edge else ''} · {str(cell.octaves or '–'):>5}")
+                row.append(f"{cell.best:.2g}{'*' if cell.at_edge else ''} · {cell.octaves or '–'!s:>5}")
             table.add_row(LABELS[name], *row)
         return table
 
