@@ -4,11 +4,13 @@ import errno
 import hashlib
 import io
 import os
+import subprocess
+import sys
 
 import pytest
 
 from conjugo import _files
-from conjugo._files import write_aside
+from conjugo._files import alone_in, write_aside
 
 
 @pytest.fixture
@@ -85,3 +87,23 @@ def test_the_new_content_is_synced_before_it_takes_the_place(path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a)))
     write_aside(path, b"new")
     assert calls[:2] == ["fsync", "replace"]
+
+
+def test_alone_in_a_folder_until_killed(tmp_path):
+    """Another process holds the folder; nobody else gets in before it dies."""
+    fcntl = pytest.importorskip("fcntl")
+    code = (
+        "import sys, time; from pathlib import Path; from conjugo._files import alone_in\n"
+        "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        other.kill()
+        other.wait()
+    with alone_in(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []

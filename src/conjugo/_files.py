@@ -1,16 +1,16 @@
-"""Files that are always whole: written beside their place, synced to disk, then renamed."""
+"""Files that are always whole: written beside their place, synced to disk, then renamed; one process at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["write_aside"]
+__all__ = ["alone_in", "write_aside"]
 
 
 def write_aside(path: Path, content: str | bytes | Callable[[IO[bytes]], object], *, checksum_digits: int = 0) -> Path:
@@ -42,6 +42,26 @@ def write_aside(path: Path, content: str | bytes | Callable[[IO[bytes]], object]
         raise
     _sync_folder(path.parent)
     return path
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes and threads that ask for the same out of *folder*: they wait.
+
+    Nothing is written; a killed process lets go. Where the system or the file system has no such locks, nobody waits.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class _Hashed:

@@ -154,6 +154,15 @@ def test_an_empty_batch():
         assert Augment(cutout=2)(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), train=train).shape == (0, 3, 8, 8)
 
 
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+def test_an_accelerator_makes_the_same_of_the_same_draws():
+    images = random_images()
+    for augment in AUGMENTS:
+        expected = augment(images, train=True, generator=generator())
+        actual = augment(images.to(torch.accelerator.current_accelerator()), train=True, generator=generator())
+        torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-5)
+
+
 def chi_square(counts: torch.Tensor) -> float:
     expected = counts.sum() / counts.numel()
     return ((counts - expected).square() / expected).sum().item()

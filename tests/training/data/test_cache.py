@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,13 @@ def test_the_second_load_comes_from_the_cache_and_is_the_same(folder, reads):
     assert np.array_equal(first.train.inputs[:, 0], pixels(8, 4, 1)[:6, 0])
     assert first.train.targets.tolist() == [0, 1, 0, 1, 0, 1]
     assert sorted(p.name for p in folder.iterdir()) == ["conjugo-folder.cache", "data.npz"]
+
+
+def test_of_several_at_once_one_reads_the_source(folder, reads):
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(load, [folder] * 4))
+    assert len(reads) == 1
+    assert all(same(loaded[0], other) for other in loaded)
 
 
 def mapped_files():

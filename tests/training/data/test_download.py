@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -151,6 +152,13 @@ def test_a_wrong_checksum_is_an_error_and_the_old_file_stays(server, path):
     assert path.read_bytes() == b"good old file"
     assert names(path) == ["file.tar.gz"]
     assert len(server.requests) == 1
+
+
+def test_of_several_at_once_one_downloads(server, path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: downloads.download(server.url, path, checksum=CHECKSUM), range(4)))
+    assert path.read_bytes() == CONTENT
+    assert server.requests == [None]
 
 
 def test_not_found_is_an_error_at_once(server, path):

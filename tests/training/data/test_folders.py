@@ -54,6 +54,19 @@ def test_the_column_may_be_called_image(tmp_path):
     assert np.array_equal(load(tmp_path).train.inputs, pixels(4, 4)[:2])
 
 
+@pytest.mark.parametrize(("image", "label"), [("image", "label"), ("img", "fine_label")])
+def test_the_form_of_hugging_face(tmp_path, image, label):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    for split in ("train", "test"):
+        rows = [{"bytes": encode(picture, "png"), "path": None} for picture in pixels(4, 4)]
+        write_table(pyarrow.table({image: rows, label: [0, 1, 0, 1]}), tmp_path / f"{split}-00000-of-00001.parquet")
+    dataset = load(tmp_path)
+    assert np.array_equal(dataset.train.inputs, pixels(4, 4))
+    assert dataset.test.targets.tolist() == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("text", ["cat\ndog\n", "cat\ndog", "cat\r\ndog\r\n\r\n"])
 def test_class_names(tmp_path, text):
     write_parquet(tmp_path, pixels(4, 4))
@@ -153,7 +166,10 @@ def test_a_broken_parquet_file(tmp_path, damage):
 def test_wrong_columns_are_named(tmp_path):
     write_parquet(tmp_path, pixels(4, 4))
     parquet(tmp_path / "test.parquet", [b""], [0], column="tiff")
-    with pytest.raises(CorruptFile, match=r"test\.parquet: columns label and one of webp.* found label, tiff"):
+    with pytest.raises(
+        CorruptFile,
+        match=r"test\.parquet: columns one of webp.* and one of label, fine_label expected, found label, tiff",
+    ):
         load(tmp_path)
 
 

@@ -16,13 +16,14 @@ import struct
 import time
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from conjugo._files import write_aside
+from conjugo._files import alone_in, write_aside
 from conjugo.training.data.dataset import Dataset, Split
 from conjugo.training.data.source import Source
 
@@ -55,9 +56,14 @@ def cached(source: Source) -> Dataset:
     """
     fingerprint = _fingerprint(source)
     places = cache_files(source)
-    for path in places:
-        if (dataset := _read(path, fingerprint)) is not None:
-            return dataset
+    if (dataset := _read_first(places, fingerprint)) is not None:
+        return dataset
+    with alone_in(source.folder):
+        # Of several processes one reads the source, the others find its cache.
+        return _read_first(places, fingerprint) or _read_and_cache(source, places, fingerprint)
+
+
+def _read_and_cache(source: Source, places: Sequence[Path], fingerprint: dict[str, Any]) -> Dataset:
     dataset = source.read()
     problems = []
     for path in places:
@@ -68,7 +74,7 @@ def cached(source: Source) -> Dataset:
         else:
             # The mapped one: other processes share its memory.
             return _read(path, fingerprint) or dataset
-    warnings.warn(f"decoded {source.name} could not be cached: {'; '.join(problems)}", stacklevel=3)
+    warnings.warn(f"decoded {source.name} could not be cached: {'; '.join(problems)}", stacklevel=4)
     return dataset
 
 
@@ -84,6 +90,11 @@ def _fingerprint(source: Source) -> dict[str, Any]:
         "variant": source.variant,
         "files": [[name, status.st_size, status.st_mtime_ns] for name, status in stats],
     }
+
+
+def _read_first(places: Sequence[Path], fingerprint: dict[str, Any]) -> Dataset | None:
+    """The first cached data set that can be trusted, if there is one."""
+    return next((dataset for path in places if (dataset := _read(path, fingerprint)) is not None), None)
 
 
 def _read(path: Path, fingerprint: dict[str, Any]) -> Dataset | None:

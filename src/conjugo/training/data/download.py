@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from conjugo._files import alone_in
 from conjugo.errors import CorruptFile, DataUnavailable
 
 __all__ = ["Progress", "download", "md5"]
@@ -38,9 +39,15 @@ def download(url: str, path: Path, *, checksum: str, progress: Progress | None =
 
     Raises DataUnavailable when the server cannot be reached or refuses, or the connection keeps breaking; CorruptFile
     when the file that arrived, from its first byte on, does not have the checksum. An existing *path* is replaced only
-    on success.
+    on success. Of several processes one downloads, the others wait for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(path.parent):
+        if not path.is_file() or md5(path) != checksum:
+            _download(url, path, checksum, progress)
+
+
+def _download(url: str, path: Path, checksum: str, progress: Progress | None) -> None:
     part = path.with_name(path.name + ".part")
     reason: Exception | None = None
     for attempt in range(_ATTEMPTS):

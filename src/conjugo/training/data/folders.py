@@ -17,7 +17,16 @@ from conjugo.training.data.source import Source, image_dataset, require
 
 __all__ = ["find_imagefolder", "find_npz", "find_parquet"]
 
-_IMAGE_COLUMNS = ("webp", "jpeg", "png", "image")
+_IMAGE_COLUMNS = (
+    "webp",
+    "jpeg",
+    "png",
+    "image",
+    "image.bytes",
+    "img.bytes",
+)  # the last two as Hugging Face writes them
+_LABEL_COLUMNS = ("label", "fine_label")
+_COLUMNS = (_IMAGE_COLUMNS, _LABEL_COLUMNS)
 _CLASSES_FILE = "classes.txt"
 # Where the folder has no classes.txt.
 _CLASSES = {
@@ -30,7 +39,10 @@ _BLOCK = 256  # images per task of the thread pool: a task per image would cost 
 
 
 def find_parquet(name: str, folder: Path, image_size: int | None) -> Source | None:
-    """``train*.parquet``, ``test*.parquet``: encoded images in a column webp, jpeg, png or image, classes in label."""
+    """``train*.parquet``, ``test*.parquet``: encoded images in a column webp, jpeg, png or image, classes in label.
+
+    Files in the form of Hugging Face's data sets are read too: image or img with a field bytes, label or fine_label.
+    """
     train, test = sorted(folder.glob("train*.parquet")), sorted(folder.glob("test*.parquet"))
     if not train or not test:
         return None
@@ -154,19 +166,15 @@ def _read_parquet(paths: Sequence[Path]) -> tuple[dict[Path, list[bytes]], dict[
     for path in paths:
         try:
             # Memory mapping would turn a file that is truncated meanwhile into a crash.
-            table = parquet.read_table(path, memory_map=False)
-            column = next((c for c in _IMAGE_COLUMNS if c in table.column_names), None)
-            if column is None or "label" not in table.column_names:
-                found = ", ".join(table.column_names)
-                raise CorruptFile(
-                    f"{path}: columns label and one of {', '.join(_IMAGE_COLUMNS)} expected, found {found}"
-                )
-            blobs[path] = table.column(column).cast(arrow.binary()).to_pylist()
-            if table.column("label").null_count or not len(table):
-                raise CorruptFile(
-                    f"{path}: {len(table)} rows, {table.column('label').null_count} of them without label"
-                )
-            labels[path] = table.column("label").cast(arrow.int64()).to_numpy()
+            table = parquet.read_table(path, memory_map=False).flatten()
+            image, label = (next((c for c in names if c in table.column_names), None) for names in _COLUMNS)
+            if image is None or label is None:
+                wanted = " and ".join(f"one of {', '.join(names)}" for names in _COLUMNS)
+                raise CorruptFile(f"{path}: columns {wanted} expected, found {', '.join(table.column_names)}")
+            if table.column(label).null_count or not len(table):
+                raise CorruptFile(f"{path}: {len(table)} rows, {table.column(label).null_count} of them without label")
+            blobs[path] = table.column(image).cast(arrow.binary()).to_pylist()
+            labels[path] = table.column(label).cast(arrow.int64()).to_numpy()
         except (arrow.ArrowException, OSError) as error:
             raise CorruptFile(f"{path}: not a readable parquet file of images and labels ({error})") from error
     return blobs, labels
