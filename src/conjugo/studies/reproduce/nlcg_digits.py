@@ -46,7 +46,7 @@ LABELS = {
     "momentum": "momentum 0.9",
     "rmsprop": "RMSProp, ε = 1",
     "nlcg": "NLCG FR + BFGS",
-    "nlcg-step": "same, line search",
+    "nlcg-step": "NLCG, line search",
     "nlcg-fr": "NLCG FR",
     "nlcg-pr": "NLCG PR + BFGS",
     "adamw": "AdamW",

@@ -140,6 +140,7 @@ def new_table(title: str, caption: str) -> Table:
         title=title,
         caption=caption,
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
         title_style="bold",
         title_justify="left",
         caption_justify="left",
