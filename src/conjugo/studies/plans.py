@@ -10,7 +10,7 @@ from conjugo.studies.records import Phase, Run, Task
 from conjugo.studies.runs import Contender
 from conjugo.studies.tuning import Setting, suggest
 
-__all__ = ["FIRST_TUNING_SEED", "TunedCell", "best_trial", "of_phase", "scores"]
+__all__ = ["FIRST_TUNING_SEED", "TunedCell", "best_trial", "of_phase", "repetitions", "scores"]
 
 FIRST_TUNING_SEED = 100_000
 """Tuning trial k has seed (seed + this + k), fresh run i has seed (seed + i): they never meet."""
@@ -22,6 +22,7 @@ class TunedCell:
 
     Three quarters of the trials search, each proposal knowing the results so far. The last quarter repeats the best of
     these settings with another seed each: the best result of many is partly luck, above all at the edge of stability.
+    (Fewer than 8 trials all search: a single repetition would decide nothing.)
     """
 
     contender: Contender
@@ -43,7 +44,7 @@ class TunedCell:
     def ready(self, finished: Sequence[Run]) -> list[Task]:
         """The next trial; all repetitions once the search is done; all fresh seeds once the trials are done."""
         tried = of_phase("tune", finished)
-        searches = self.trials - self.trials // 4
+        searches = self.trials - repetitions(self.trials)
         if len(tried) < searches:
             setting = suggest(self.contender.axes, scores(tried), trials=searches, seed=self.seed)
             return [self._trial(len(tried), setting)]
@@ -66,6 +67,11 @@ class TunedCell:
             lr=setting[0],
             second=setting[1] if len(setting) > 1 else None,
         )
+
+
+def repetitions(trials: int) -> int:
+    """How many of *trials* repeat the best settings."""
+    return trials // 4 if trials >= 8 else 0
 
 
 def best_trial(trials: Sequence[Run]) -> Task:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from conjugo._files import write_aside
 from conjugo.studies import drawing, plots, summary
+from conjugo.studies.plans import repetitions
 from conjugo.studies.statistics import Octaves
 from conjugo.studies.summary import Row, batch_name, batches, percent, plural
 
@@ -232,14 +233,19 @@ def _tuning_plots(result: CompareResult) -> str:
 def _protocol(result: CompareResult) -> str:
     config, train = result.config, result.config.train
     validation = round(config.validation * result.num_train)
+    repeats = repetitions(config.trials)
     items = [
         f"Budget. Every run processes {train.epochs:g} × {result.num_train:,} training examples, forward and backward, at "
         "every batch size: larger batches mean fewer steps, and nothing is free. Step counts are rounded to whole steps.",
         f"Tuning. Each of the {len(result.cells)} cells (an optimizer at a batch size) gets {plural(config.trials, 'trial')}, "
         "over the learning rate on a logarithmic scale and, where the optimizer has one, its second sensitive hyperparameter. "
-        f"{plural(config.trials - config.trials // 4, 'trial')} search: the first half of them is a scrambled Sobol sequence, "
-        "the same for all, the second half is proposed by Optuna's Gaussian-process sampler. The other "
-        f"{config.trials // 4} repeat the best settings with another seed each, and the best mean wins.",
+        f"{plural(config.trials - repeats, 'trial')} search: the first half of them is a scrambled Sobol sequence, the same "
+        "for all, the second half is proposed by Optuna's Gaussian-process sampler."
+        + (
+            f" The other {repeats} repeat the best settings with another seed each; the best mean wins."
+            if repeats
+            else ""
+        ),
         f"No peeking. Tuning trains on {result.num_train - validation:,} training examples and is judged on the other "
         f"{validation:,}, after as many steps as a final run takes. It never sees the test split.",
         "Measurement. The best setting of each cell is trained on all training data with "
