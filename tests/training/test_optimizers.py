@@ -18,6 +18,7 @@ def parameter() -> nn.Parameter:
 def test_the_names():
     assert set(names()) == {
         "nlcg",
+        "nlcg-online",
         "nlcg-step",
         "nlcg-fr",
         "nlcg-pr",
@@ -96,7 +97,7 @@ def test_parameter_groups_and_generators(name):
 
 
 def test_only_the_line_search_needs_the_loss():
-    assert [name for name in names() if entry(name).needs_loss] == ["nlcg-step"]
+    assert [name for name in names() if entry(name).needs_loss] == ["nlcg-online", "nlcg-step"]
     w = parameter()
     w.sum().backward()
     with pytest.raises(ValueError, match="loss"):

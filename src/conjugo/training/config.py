@@ -30,7 +30,8 @@ class TrainConfig:
         download: Fetch an official archive that is absent.
         model: mlp, cnn, resnet8, resnet20, resnet32, resnet56 (v1 behind the name: the original form), resnet50; None: the
             usual one for the data.
-        optimizer: nlcg (nlcg-step, nlcg-fr, nlcg-pr), sgd, momentum, nesterov, adamw, rmsprop, lars, lamb.
+        optimizer: nlcg (nlcg-online, nlcg-step, nlcg-fr, nlcg-pr), sgd, momentum, nesterov, adamw, rmsprop, lars,
+            lamb.
         lr: Highest learning rate; None: the usual one of the optimizer.
         weight_decay: Coefficient of the weight decay, in the way of the optimizer.
         optimizer_options: Other options of the optimizer, by name.

@@ -72,6 +72,7 @@ def _nlcg(name: str, **options: Any) -> Entry:
 
 _ENTRIES = (
     _nlcg("nlcg", rule="fr", precond="bfgs"),
+    _nlcg("nlcg-online", rule="fr", precond="bfgs", line_search="online"),
     _nlcg("nlcg-step", rule="fr", precond="bfgs", line_search="step"),
     _nlcg("nlcg-fr", rule="fr", precond="none"),
     _nlcg("nlcg-pr", rule="pr", precond="bfgs"),
