@@ -74,10 +74,12 @@ def test_class_names(tmp_path, text):
     assert load(tmp_path).classes == ("cat", "dog")
 
 
-def test_known_class_names(tmp_path):
+def test_known_class_names_unless_there_is_a_file(tmp_path):
     write_parquet(tmp_path, pixels(4, 4))
     assert load(tmp_path, "cifar10").classes[:2] == ("airplane", "automobile")
     assert len(load(tmp_path, "cifar10").classes) == 10
+    (tmp_path / "classes.txt").write_text("plane\ncar\n")  # seen although the images are in the cache
+    assert load(tmp_path, "cifar10").classes == ("plane", "car")
 
 
 def test_a_classes_file_that_is_no_text(tmp_path):
