@@ -48,6 +48,11 @@ def test_a_folder_must_be_named(call):
 def test_image_size_is_checked(tmp_path):
     with pytest.raises(ValueError, match="image_size must be >= 1 or None, got 0"):
         data.load("cifar10", root=tmp_path, image_size=0)
+    npz(tmp_path)
+    assert data.load("folder", root=tmp_path, image_size=4).input_shape == (1, 4, 4)
+    for name, shape in [("folder", r"\(1, 4, 4\)"), ("digits", r"\(1, 8, 8\)"), ("iris", r"\(4,\)")]:
+        with pytest.raises(ValueError, match=rf"load: image_size must be None for '{name}'.*shape {shape};.* got 5"):
+            data.load(name, root=tmp_path, image_size=5)
 
 
 def test_absent_data_says_where_it_was_looked_for_and_how_to_get_it(tmp_path, user_cache, monkeypatch):

@@ -36,23 +36,35 @@ def load(
     *root* in such sub-folders of the folder that the environment variable CONJUGO_DATA names, then where :func:`fetch`
     puts them. ``folder`` (parquet or npz files) and ``imagefolder`` (one folder of images per class) are whatever
     *root* holds. download: fetch an official archive that is absent. image_size: side in pixels to which encoded images
-    are resized and cropped; None: they all have one size already.
+    are resized and cropped; None: they all have one size already, as those of archives, npz files and bundled sets do.
 
     Files are decoded once and cached next to the source or in the user's cache folder (the decoded data must fit in
     memory for that); images that come from the cache are mapped, not read.
 
     Raises UnknownName for a name that does not exist, DataUnavailable when the data is absent (the message says how to
-    get it), CorruptFile when it is damaged (the message names the file).
+    get it), CorruptFile when it is damaged (the message names the file), ValueError for an *image_size* that data which is
+    not encoded does not have.
     """
-    if name in bundled.NAMES:
-        return bundled.load(name)
+    dataset = (
+        bundled.load(name)
+        if name in bundled.NAMES
+        else cached(_source(name, root, download=download, image_size=image_size))
+    )
+    side = dataset.input_shape[1:]
+    accepted = f"None for {name!r}, whose examples are of shape {dataset.input_shape}; only encoded images are scaled"
+    check(image_size is None or side == (image_size, image_size), "load", "image_size", image_size, accepted)
+    return dataset
+
+
+def _source(name: str, root: str | os.PathLike[str] | None, *, download: bool, image_size: int | None) -> Source:
+    """The files of a data set, fetched if that is wanted and possible; DataUnavailable without any."""
     source = _locate(name, root, image_size)
     if source is None and download and name in archives.ARCHIVES:
         fetch(name, root)
         source = _locate(name, root, image_size)
     if source is None:
         raise DataUnavailable(_how_to_get(name, root))
-    return cached(source)
+    return source
 
 
 def fetch(
@@ -100,9 +112,7 @@ def verify(name: str, root: str | os.PathLike[str] | None = None, *, image_size:
     if name in bundled.NAMES:
         bundled.load(name)
         return Verification(name, (), ())
-    source = _locate(name, root, image_size)
-    if source is None:
-        raise DataUnavailable(_how_to_get(name, root))
+    source = _source(name, root, download=False, image_size=image_size)
     try:
         source.read()
     except CorruptFile as error:
