@@ -27,6 +27,7 @@ class Arguments:
         out: Folder for results and figures; by default runs/reproduce-NAME-SCALE.
         jobs: Training runs at the same time, a process each.
         resume: Go on with what is in --out; what is done is not done again.
+        force: Run it on a machine that is too slow for it all the same.
     """
 
     name: Annotated[str, tyro.conf.Positional]
@@ -34,6 +35,7 @@ class Arguments:
     out: Path | None = None
     jobs: int = 1
     resume: bool = False
+    force: bool = False
 
 
 def run(argv: Sequence[str]) -> int:
@@ -44,7 +46,12 @@ def run(argv: Sequence[str]) -> int:
     out = arguments.out or Path("runs") / f"reproduce-{arguments.name}-{arguments.scale}"
     try:
         result = reproduce.reproduce(
-            arguments.name, scale=arguments.scale, out=out, jobs=arguments.jobs, resume=arguments.resume
+            arguments.name,
+            scale=arguments.scale,
+            out=out,
+            jobs=arguments.jobs,
+            resume=arguments.resume,
+            force=arguments.force,
         )
     except KeyboardInterrupt:
         words = shlex.join([*(word for word in argv if word != "--resume"), "--resume"])
@@ -54,5 +61,6 @@ def run(argv: Sequence[str]) -> int:
     for table in result.tables():
         console.print(table)
     console.print(result.text(), highlight=False)
-    console.print(f"results: {out}", highlight=False, soft_wrap=True)
+    if out.exists():  # the scale "full" only says what would be run
+        console.print(f"results: {out}", highlight=False, soft_wrap=True)
     return 0

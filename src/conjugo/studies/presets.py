@@ -25,16 +25,20 @@ def presets() -> dict[str, CompareConfig]:
 
     return {
         "demo": CompareConfig(
-            train=TrainConfig(data="digits", model="mlp", epochs=30.0),
+            train=TrainConfig(data="digits", model="mlp", epochs=30.0, schedule="cosine"),
+            optimizers=("nlcg", "nlcg-online", "sgd", "momentum", "nesterov", "adamw", "lars", "lamb"),
             batch_sizes=(32, 128, 512, "full"),
-            trials=20,
+            trials=16,
             seeds=5,
             target=0.9,
             evaluations=45,
         ),
         "cifar10": CompareConfig(
-            train=TrainConfig(data="cifar10", model="resnet8", epochs=2.5, weight_decay=2e-4, micro_batch=256),
-            optimizers=("nlcg", "momentum", "nesterov", "adamw", "lars", "lamb"),
+            train=TrainConfig(
+                data="cifar10", model="resnet8", epochs=2.5, schedule="cosine", weight_decay=2e-4, micro_batch=256
+            ),
+            optimizers=("nlcg", "nesterov", "adamw", "lamb"),
+            baseline="nesterov",
             batch_sizes=(256, 2048, 8192),
             trials=5,
             seeds=2,

@@ -121,7 +121,7 @@ def _check_device(plan: CifarPlan, *, force: bool) -> None:
         raise ValueError(
             f"reproduce: scale 'gpu' is {runs} runs of {plan.train.epochs:g} epochs with ResNet-32, 4e15 floating-point "
             "operations each; torch finds no accelerator here, and a CPU would take weeks. Use "
-            "scale 'cpu', or force=True from Python"
+            "scale 'cpu', or --force (force=True)"
         )
 
 
