@@ -61,6 +61,5 @@ def run(argv: Sequence[str]) -> int:
     for table in result.tables():
         console.print(table)
     console.print(result.text(), highlight=False)
-    if out.exists():  # the scale "full" only says what would be run
-        console.print(f"results: {out}", highlight=False, soft_wrap=True)
+    console.print(f"results: {out}", highlight=False, soft_wrap=True)
     return 0
