@@ -18,7 +18,7 @@ def presets() -> dict[str, CompareConfig]:
 
     ``cifar10``: CIFAR-10 (any of the forms that ``conjugo data`` knows), ResNet-8 on 16,384 images, from batch 256 (160
     steps) to 8,192 (5 steps). Batches are sent through the model 256 images at a time, so that batch normalisation does
-    the same at all batch sizes, and its running averages see as many batches. About 45 minutes on two cores with two jobs.
+    the same at all batch sizes, and its running averages see as many batches. About an hour on two cores with two jobs.
     """
     from conjugo.studies.results import CompareConfig
     from conjugo.training import TrainConfig
@@ -37,8 +37,7 @@ def presets() -> dict[str, CompareConfig]:
             train=TrainConfig(
                 data="cifar10", model="resnet8", epochs=2.5, schedule="cosine", weight_decay=2e-4, micro_batch=256
             ),
-            optimizers=("nlcg", "nesterov", "adamw", "lamb"),
-            baseline="nesterov",
+            optimizers=("nlcg", "momentum", "nesterov", "adamw", "lars", "lamb"),
             batch_sizes=(256, 2048, 8192),
             trials=5,
             seeds=2,
