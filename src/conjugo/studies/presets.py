@@ -28,7 +28,7 @@ def presets() -> dict[str, CompareConfig]:
             train=TrainConfig(data="digits", model="mlp", epochs=30.0, schedule="cosine"),
             optimizers=("nlcg", "nlcg-online", "sgd", "momentum", "nesterov", "adamw", "lars", "lamb"),
             batch_sizes=(32, 128, 512, "full"),
-            trials=16,
+            trials=20,
             seeds=5,
             target=0.9,
             evaluations=45,
