@@ -11,10 +11,11 @@ from rich.console import Console
 
 from conjugo.errors import DataUnavailable, UnknownName
 from conjugo.studies.records import Outcome, Run, read_journal
-from conjugo.studies.reproduce import grids, names, nlcg_cifar, nlcg_digits, paper, reproduce
+from conjugo.studies.reproduce import grids, names, nlcg_cifar, nlcg_cpu, nlcg_digits, nlcg_small, paper, reproduce
 from conjugo.studies.reproduce.grids import Grid, GridResult
 from conjugo.studies.reproduce.nlcg_cifar import CifarPlan, CifarResult
 from conjugo.studies.reproduce.nlcg_digits import DigitsPlan, digits
+from conjugo.studies.reproduce.nlcg_small import SmallPlan
 from conjugo.studies.reproduce.paper import Claim, Request, above, compared, near, not_below
 from conjugo.training import machine
 from conjugo.training.data import Dataset, Split
@@ -263,6 +264,115 @@ def test_digits_really(tmp_path):
     assert tuned.outcome.samples == 4 * 1150
     assert final.outcome.samples == 4 * 1437
     assert 0.1 < final.outcome.accuracy < 1
+
+
+# ---- CIFAR-10, small ----
+
+FEW = SmallPlan(steps=2, train_limit=24, test_limit=12)
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """Synthetic images in the place of CIFAR-10."""
+
+    def load(train, train_limit, test_limit):
+        dataset = synthetic()
+        parts = [(dataset.train, train_limit), (dataset.test, test_limit)]
+        train, test = (Split(split.inputs[:limit], split.targets[:limit]) for split, limit in parts)
+        return replace(dataset, train=train, test=test)
+
+    monkeypatch.setattr(nlcg_small, "load_data", load)
+
+
+def pretend_small(plan, task):
+    """At the large rate momentum loses ten points and NLCG three."""
+    lost = {"momentum": 0.1, "nlcg": 0.03}[task.contender] if task.lr > 1 else 0.0
+    return outcome(0.43 - lost + 0.001 * task.seed)
+
+
+def test_images_are_pooled():
+    inputs = torch.tensor([[[[0, 1, 255, 255], [2, 4, 255, 255]]]], dtype=torch.uint8)
+    split = Split(inputs, torch.zeros(1, dtype=torch.int64))
+    small = nlcg_small.pooled(Dataset("x", "image", split, split, ("a",)))
+    assert small.train.inputs.tolist() == [[[[2, 255]]]]
+    assert small.test.inputs.dtype == torch.uint8
+
+
+def test_small_really(images, tmp_path):
+    result = nlcg_small.experiment(Request(out=tmp_path), FEW)
+    assert not result.crashes
+    runs = [run for cell in result.cells for run in cell.runs]
+    assert len(runs) == FEW.runs == 8
+    assert {run.outcome.samples for run in runs} == {2 * 24}
+    assert nlcg_small.seconds_per_step(FEW) > 0
+    assert json.loads((tmp_path / "results.json").read_text())["part"] == "cifar10"
+
+
+def test_small_resumes_and_judges(tmp_path):
+    whole = nlcg_small.experiment(Request(), FEW, run=pretend_small)
+    left = iter(range(5))
+
+    def interrupted(plan, task):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return pretend_small(plan, task)
+
+    with pytest.raises(KeyboardInterrupt):
+        nlcg_small.experiment(Request(out=tmp_path), FEW, run=interrupted)
+    resumed = nlcg_small.experiment(Request(out=tmp_path, resume=True), FEW, run=pretend_small)
+    assert resumed == whole
+    large, best = resumed.claims()
+    assert large.verdict == best.verdict == "reproduced"
+    assert large.cases["lr 3"][1].startswith("+7.0 points (p")
+    assert best.cases["lr 1"] == (True, "+0.0 points (no test)")
+    table = shown(resumed)
+    assert "(35.1)" in table  # expected of momentum at the large rate
+    assert "lr 3 (3 seeds)" in table
+
+
+def test_small_worse_is_not_reproduced():
+    def worse(plan, task):
+        return outcome(0.3 + 0.001 * task.seed + (0.1 if task.contender == "momentum" else 0.0))
+
+    assert {claim.verdict for claim in nlcg_small.experiment(Request(), FEW, run=worse).claims()} == {"not reproduced"}
+
+
+@pytest.mark.usefixtures("images")
+def test_small_is_left_out_where_it_takes_too_long(tmp_path):
+    def measure(seconds):
+        return lambda plan: seconds
+
+    step = 600 / (FEW.steps * FEW.runs)
+    assert nlcg_small.why_not(Request(), FEW, measure=measure(0.99 * step)) is None
+    reason = nlcg_small.why_not(Request(), FEW, measure=measure(2 * step))
+    assert "8 runs would take about 20 minutes here" in reason
+    assert "--force" in reason
+    assert nlcg_small.why_not(Request(force=True), FEW, measure=measure(2 * step)) is None
+    nlcg_small.experiment(Request(out=tmp_path), FEW, run=pretend_small)
+    assert nlcg_small.why_not(Request(out=tmp_path, resume=True), FEW, measure=measure(2 * step)) is None
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_without_its_data_it_is_left_out_and_done_later(monkeypatch, tmp_path):
+    def absent(train, train_limit, test_limit):
+        raise DataUnavailable("cifar10 is not here; set CONJUGO_DATA")
+
+    whole, small = nlcg_cpu.digits, nlcg_small.experiment
+    plan = DigitsPlan(steps=(30,), seeds=1)
+    monkeypatch.setattr(nlcg_cpu, "digits", lambda request: whole(request, plan=plan, run=pretend))
+    monkeypatch.setattr(nlcg_small, "experiment", lambda request: small(request, FEW, run=pretend_small))
+    with monkeypatch.context() as patch:
+        patch.setattr(nlcg_small, "load_data", absent)
+        result = reproduce("nlcg", out=tmp_path)
+    assert result.text().endswith("CIFAR-10, small, was left out: cifar10 is not here; set CONJUGO_DATA")
+    assert len(result.tables()) == 2
+    assert not (tmp_path / "cifar10").exists()
+    monkeypatch.setattr(nlcg_small, "why_not", lambda request: None)
+    later = reproduce("nlcg", out=tmp_path, resume=True)
+    assert later.digits == result.digits
+    assert len(later.tables()) == 3
+    assert "on small CIFAR-10" in later.text()
+    assert (tmp_path / "cifar10" / "results.json").exists()
 
 
 # ---- ResNet-32 ----

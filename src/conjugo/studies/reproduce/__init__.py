@@ -49,9 +49,10 @@ def reproduce(
 
     scale: ``cpu`` takes minutes on two cores, ``gpu`` hours on one accelerator, ``full`` runs nothing and says what
     the original experiment would take. out: run directory; receives config.json, journal.jsonl (every run as it ends),
-    results.json and the figures as PNG and SVG; None writes nothing. jobs: training runs at the same time. resume: go on
-    with what is in *out*; the result is that of the uninterrupted experiment. progress: None shows a bar if standard
-    error is a terminal. force: run scale ``gpu`` on a CPU all the same.
+    results.json and the figures as PNG and SVG, and a sub-folder for a further part; None writes nothing. jobs: training
+    runs at the same time. resume: go on with what is in *out*; the result is that of the uninterrupted experiment, and a
+    part that was left out before is considered again. progress: None shows a bar if standard error is a terminal. force:
+    run scale ``gpu`` on a CPU all the same, and a part of scale ``cpu`` that is too slow here.
 
     Raises UnknownName for a paper or scale that does not exist; ValueError if *out* holds an experiment and *resume* is
     False, if it holds none or another one and *resume* is True, and for scale ``gpu`` without an accelerator;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conjugo.studies.reproduce.nlcg_cifar import cifar100
-from conjugo.studies.reproduce.nlcg_digits import digits
+from conjugo.studies.reproduce.nlcg_cpu import cpu
 from conjugo.studies.reproduce.nlcg_imagenet import imagenet
 from conjugo.studies.reproduce.paper import Paper
 
@@ -12,5 +12,5 @@ __all__ = ["PAPER"]
 PAPER = Paper(
     title="Nonlinear Conjugate Gradients For Scaling Synchronous Distributed DNN Training",
     source="S. Adya, V. Palakkode, O. Tuzel, arXiv:1812.02886 (2018)",
-    scales={"cpu": digits, "gpu": cifar100, "full": imagenet},
+    scales={"cpu": cpu, "gpu": cifar100, "full": imagenet},
 )

@@ -262,7 +262,10 @@ class DigitsResult:
         return holds, f"{said} at {lr:.2g}"
 
     def _notes(self) -> list[str]:
-        notes = ["To be above or below counts only where it is significant (Welch's test, p < 0.05)."]
+        notes = [
+            "To be above or below counts only where it is significant (Welch's test, p < 0.05, not corrected for the "
+            "number of comparisons)."
+        ]
         edges = [f"{LABELS[c.grid.contender]} at {c.grid.study} steps" for c in self.cells if c.at_edge]
         if edges:
             notes.append(f"The best learning rate is at the edge of the grid for {listed(edges)}: there may be better.")
