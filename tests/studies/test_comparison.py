@@ -48,12 +48,19 @@ def test_of_few_trials_the_best_trial_wins_then_the_lowest_loss_then_the_earlies
 
 
 def test_the_best_settings_are_repeated_and_the_best_mean_wins():
-    lucky = (0.95, 0.1), (0.90, 0.2), (0.93, 0.1), (0.2, 2.0), (0.1, None), (0.92, 0.1)
-    cell = with_scores([*lucky, (0.30, 2.0), (0.92, 0.1)])  # the winner fails when repeated, the second does not
-    assert [run.task.setting for run in cell.trials[6:]] == [cell.trials[0].task.setting, cell.trials[2].task.setting]
+    lucky = (0.95, 0.1), (0.90, 0.2), (0.93, 0.1), (0.2, 2.0), (0.1, None)
+    cell = with_scores([*lucky, (0.30, 2.0), (0.92, 0.1), (0.5, 1.0)])  # only the second holds when repeated
+    assert [run.task.setting for run in cell.trials[5:]] == [cell.trials[k].task.setting for k in (0, 2, 1)]
     assert len({run.task.seed for run in cell.trials}) == 8
     assert cell.best.setting == cell.trials[2].task.setting
     assert all(run.task.setting == cell.best.setting for run in cell.finals)
+
+
+def test_with_many_trials_three_settings_are_repeated_in_turns():
+    cell = with_scores([(k / 20, 1.0) for k in range(20)])
+    settings = [run.task.setting for run in cell.trials]
+    assert settings[11:] == [settings[10], settings[9], settings[8]] * 3
+    assert cell.best.setting == settings[8]  # its repetitions came last, with the highest scores
 
 
 def test_the_default_target_is_one_point_below_the_baseline_at_the_smallest_batch():

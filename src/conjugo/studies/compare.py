@@ -3,9 +3,9 @@
 Protocol. Every run processes the same number of samples, forward and backward (epochs x training examples), so nothing is
 free. A cell is an (optimizer, batch size) pair. Each cell gets the same number of tuning trials over the learning rate and,
 where the optimizer has one, its second sensitive hyperparameter; they train on a part of the training data, for as many
-steps as the final runs, and are judged on the rest of it. From 8 trials on the last quarter repeats the best settings with
-other seeds. The best setting is then trained on all training data with seeds that tuning never saw, and only these runs touch
-the test split.
+steps as the final runs, and are judged on the rest of it. From 8 trials on nearly half of them repeat the three best settings
+with other seeds, and the best mean wins. Its setting is then trained on all training data with seeds that tuning never saw, and
+only these runs touch the test split.
 """
 
 from __future__ import annotations

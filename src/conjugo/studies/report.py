@@ -242,7 +242,7 @@ def _protocol(result: CompareResult) -> str:
         f"{plural(config.trials - repeats, 'trial')} search: the first half of them is a scrambled Sobol sequence, the same "
         "for all, the second half is proposed by Optuna's Gaussian-process sampler."
         + (
-            f" The other {repeats} repeat the best settings with another seed each; the best mean wins."
+            f" The other {repeats} repeat the three best settings with other seeds; the best mean wins."
             if repeats
             else ""
         ),
