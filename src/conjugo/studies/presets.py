@@ -26,7 +26,6 @@ def presets() -> dict[str, CompareConfig]:
     return {
         "demo": CompareConfig(
             train=TrainConfig(data="digits", model="mlp", epochs=30.0, schedule="cosine"),
-            optimizers=("nlcg", "nlcg-online", "sgd", "momentum", "nesterov", "adamw", "lars", "lamb"),
             batch_sizes=(32, 128, 512, "full"),
             trials=20,
             seeds=5,
