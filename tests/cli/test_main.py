@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from conjugo import __version__
 from conjugo.cli import COMMANDS, main
+from conjugo.training import models, optimizers
 
 QUICK = ["--data", "iris", "--model", "mlp", "--steps", "6", "--batch-size", "16"]
 
@@ -40,6 +42,12 @@ def test_every_command_has_help(capsys, command):
     assert "(required)" not in out or command in ("report", "reproduce", "data")
 
 
+def test_the_help_of_train_names_every_optimizer_and_model(capsys):
+    _, out, _ = call(capsys, "train", "--help")
+    missing = {*optimizers.names(), *models.names()} - {word.strip("(),.:;") for word in out.split()}
+    assert missing == {"resnet20v1", "resnet32v1"}  # in "resnet8v1, ..., resnet56v1"
+
+
 def test_a_misspelt_command_or_option_suggests_the_nearest(capsys):
     code, _, err = call(capsys, "trian")
     assert (code, "did you mean 'train'?" in err) == (2, True)
@@ -58,7 +66,9 @@ def test_a_misspelt_command_or_option_suggests_the_nearest(capsys):
         (["compare", "--preset", "demoo"], 2, "did you mean 'demo'"),
         (["compare", "--jobs", "0"], 2, "--jobs must be >= 1"),
         (["compare", "--resume"], 2, "--out"),
+        (["compare", "--train.seed", "3"], 2, "train.seed must be 0: the comparison sets it"),
         (["report", "nowhere"], 2, "nowhere"),
+        (["report"], 2, "at least one"),
         (["data", "info", "cifar11"], 2, "did you mean 'cifar10'"),
         (["data", "fetch"], 2, "needs the name"),
         (["reproduce", "nlgc"], 2, "did you mean 'nlcg'"),
@@ -73,6 +83,49 @@ def test_what_goes_wrong_is_said_in_one_line(capsys, tmp_path, monkeypatch, argv
     assert len(err.strip().splitlines()) == 1
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lr", "fast"], "--lr: it must be a number or null, got 'fast'"),
+        (["--batch-size", "1.5"], "--batch-size: it must be an integer or 'full', got 1.5"),
+        (["--steps", "["], "--steps: it must be an integer or null, got '['"),
+        (["--schedule", "cosin"], "'cosine'"),
+        (["--optimizer-options", "momentum"], "pairs of name and value"),
+        (["--config"], "--config"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_option(capsys, argv, message):
+    code, out, err = call(capsys, "train", *argv)
+    assert code == 2
+    assert message in " ".join(word for word in (out + err).split() if word != "│")
+
+
+def test_running_out_of_memory_gives_advice(capsys, monkeypatch, tmp_path):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    monkeypatch.setattr("conjugo.cli.train.train", exhausted)
+    code, _, err = call(capsys, "train", "--out", str(tmp_path))
+    assert (code, "1 TiB" in err, "--micro-batch" in err) == (1, True, True)
+
+
+def test_a_missing_extra_is_said_before_the_work(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = call(capsys, "compare", "--out", str(tmp_path / "cmp"))
+    assert (code, "pip install 'conjugo[study]'" in err) == (1, True)
+    assert not (tmp_path / "cmp").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "conjugo", "data", "list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 1
+    process.stderr.close()
 
 
 def test_debug_shows_the_traceback(monkeypatch):
@@ -113,20 +166,25 @@ def test_a_run_that_diverges_fails_with_a_message(capsys, tmp_path):
     assert "not finite" in err or "finite" in err
 
 
-def test_interrupted_training_tells_how_to_go_on_and_does(tmp_path):
-    argv = ["train", "--data", "digits", "--epochs", "3000", "--seed", "3", "--checkpoints", "0", "--out", "run"]
-    command = [sys.executable, "-m", "conjugo", *argv]
+def test_interrupted_training_tells_how_to_go_on_and_does(capsys, monkeypatch, tmp_path):
+    words = "train --data digits --epochs 120 --evaluations 60 --checkpoints 0 --threads 1"
+    command = [sys.executable, "-m", "conjugo", *words.split(), "--out", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "config.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1.0)
+    recorded, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (recorded.exists() and recorded.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "conjugo train --data digits --epochs 3000 --seed 3 --checkpoints 0 --out run --resume" in err
+    assert f"conjugo {words} --out run --resume" in err
     assert "Traceback" not in err
-    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, *words.split(), "--out", "run", "--resume")[0] == 0
+    assert call(capsys, *words.split(), "--out", "whole")[0] == 0
+    resumed, whole = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "whole"))
+    assert [resumed[name] for name in ("steps", "loss", "curve")] == [
+        whole[name] for name in ("steps", "loss", "curve")
+    ]
 
 
 # ---- configuration files ----
@@ -153,6 +211,25 @@ def test_files_give_defaults_that_arguments_override(capsys, tmp_path, name, tex
     assert (shown["lr"], shown["optimizer_options"]) == (0.2, {"momentum": 0.5})
 
 
+def test_numbers_among_optimizer_options(capsys, tmp_path):
+    """YAML itself takes 1e-3 for a text."""
+    (tmp_path / "run.yaml").write_text("optimizer: adamw\noptimizer_options: {eps: 1e-3, betas: [9e-1, 0.99]}")
+    argv = ["train", "--config", str(tmp_path / "run.yaml"), "--print-config"]
+    expected = {"eps": 0.001, "betas": [0.9, 0.99]}
+    assert yaml.safe_load(call(capsys, *argv)[1])["optimizer_options"] == expected
+    words = ["--optimizer-options", "eps", "1e-3", "betas", "[9e-1, 0.99]", "amsgrad", "true"]
+    assert yaml.safe_load(call(capsys, *argv, *words)[1])["optimizer_options"] == {**expected, "amsgrad": True}
+
+
+@pytest.mark.parametrize("value", ["None", "null"])
+def test_no_value_can_be_asked_for(capsys, tmp_path, value):
+    (tmp_path / "run.yaml").write_text("lr: 0.5\nmodel: cnn\nimage_size: 8")
+    argv = ["train", "--config", str(tmp_path / "run.yaml"), "--print-config"]
+    argv += [word for name in ("--lr", "--model", "--image-size") for word in (name, value)]
+    shown = yaml.safe_load(call(capsys, *argv)[1])
+    assert (shown["lr"], shown["model"], shown["image_size"]) == (None, None, None)
+
+
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_the_printed_configuration_can_be_fed_back(capsys, tmp_path, command):
     changed = ["--train.epochs", "3.5"] if command == "compare" else ["--epochs", "3.5"]
@@ -171,6 +248,7 @@ def test_the_printed_configuration_can_be_fed_back(capsys, tmp_path, command):
         ("train", "lr: -1", "lr must be in [0, inf)"),
         ("train", "- 1", "settings expected"),
         ("train", "a: [", "cannot be understood"),
+        ("train", "data: \xe9", "cannot be understood"),
         ("compare", "train: {epoch: 3}", "unknown setting 'train.epoch'; did you mean 'train.epochs'"),
         ("compare", "train: 3", "train must hold settings"),
         ("compare", "batch_sizes: [all]", "batch_sizes[0] must be an integer or 'full', got 'all'"),
@@ -178,7 +256,7 @@ def test_the_printed_configuration_can_be_fed_back(capsys, tmp_path, command):
 )
 def test_a_bad_file_is_named_with_the_setting(capsys, tmp_path, command, text, message):
     path = tmp_path / "bad.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     code, _, err = call(capsys, command, "--config", str(path), "--print-config")
     assert code == 2
     assert str(path) in err
@@ -211,6 +289,11 @@ def test_compare_and_report(capsys, tmp_path):
     code, _, err = call(capsys, *argv)
     assert (code, "--resume" in err) == (2, True)
     assert call(capsys, *argv, "--resume")[:2] == (0, said)
+    journal = tmp_path / "cmp" / "journal.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
+    code, unfinished, _ = call(capsys, "report", out)
+    assert (code, unfinished == said) == (0, False)
+    assert "report.html" in unfinished
 
 
 def test_data(capsys, tmp_path):

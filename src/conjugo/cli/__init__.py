@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from conjugo._version import __version__
 from conjugo.errors import CorruptFile, DataUnavailable, TrainingDiverged, UnknownName, unknown
 
@@ -33,18 +35,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or bool(os.environ.get(_DEBUG))
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except SystemExit as error:  # the parser's own: help (0) or a wrong call (2)
         return error.code if isinstance(error.code, int) else 2
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough; do not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (CorruptFile, DataUnavailable, TrainingDiverged, ImportError, OSError, ValueError) as error:
         if debug:
             raise
         _say(f"error: {error}")
         wrong_call = isinstance(error, ValueError | FileExistsError | NotADirectoryError)
         return 2 if wrong_call else 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        if debug:
+            raise
+        _say(f"error: out of memory ({error}); a --micro-batch sends fewer examples through the model at once")
+        return 1
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from conjugo.cli._arguments import as_yaml, merge_file, option, parse
+from conjugo.cli._arguments import Switch, as_yaml, merge_file, option, parse
 from conjugo.cli.report import show
 from conjugo.errors import check, unknown
 from conjugo.studies import CompareConfig, compare
@@ -42,10 +42,10 @@ class Arguments:
     compare: Annotated[CompareConfig, tyro.conf.arg(name="")]
     out: Path | None = None
     jobs: int = 1
-    resume: bool = False
+    resume: Switch = False
     preset: str | None = None
     config: Path | None = None
-    print_config: bool = False
+    print_config: Switch = False
 
 
 def run(argv: Sequence[str]) -> int:
@@ -65,7 +65,8 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         words = [word for word in argv if word != "--resume"]
         words += [] if arguments.out else ["--out", str(out)]
-        print(f"\ninterrupted; to go on: conjugo compare {shlex.join([*words, '--resume'])}", file=sys.stderr)
+        words += ["--resume"] if (out / "config.json").exists() else []  # else it had not begun
+        print(f"\ninterrupted; to go on: conjugo compare {shlex.join(words)}", file=sys.stderr)
         return 130
     show(result, out)
     return 1 if result.crashes else 0

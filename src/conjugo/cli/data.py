@@ -29,7 +29,7 @@ class Arguments:
     """
 
     action: Annotated[Literal["fetch", "verify", "info", "list"], tyro.conf.Positional]
-    name: Annotated[str | None, tyro.conf.Positional] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = None
     root: Path | None = None
     image_size: int | None = None
 

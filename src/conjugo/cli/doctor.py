@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from conjugo.cli._arguments import parse
+from conjugo.cli._arguments import Switch, parse
 
 __all__ = ["run"]
 
@@ -19,7 +19,7 @@ class Arguments:
         json: Print JSON.
     """
 
-    json: bool = False
+    json: Switch = False
 
 
 def run(argv: Sequence[str]) -> int:

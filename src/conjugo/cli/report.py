@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from conjugo.cli._arguments import parse
+from conjugo.errors import check
 from conjugo.studies import CompareResult, load_result
 from conjugo.studies.compare import save_result
 
@@ -25,12 +26,14 @@ class Arguments:
         folders: Run directories of conjugo compare.
     """
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command; gives the exit code."""
-    for folder in parse(Arguments, argv, command="report").folders:
+    folders = parse(Arguments, argv, command="report").folders
+    check(len(folders) > 0, "report", "DIR", None, "the run directory of a comparison, at least one")
+    for folder in folders:
         result = load_result(folder)
         save_result(result, folder)
         show(result, folder)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from conjugo.cli._arguments import parse
+from conjugo.cli._arguments import Switch, parse
 from conjugo.studies import reproduce
 
 __all__ = ["run"]
@@ -30,12 +30,12 @@ class Arguments:
         force: Run it on a machine that is too slow for it all the same.
     """
 
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     scale: Literal["cpu", "gpu", "full"] = "cpu"
     out: Path | None = None
     jobs: int = 1
-    resume: bool = False
-    force: bool = False
+    resume: Switch = False
+    force: Switch = False
 
 
 def run(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from conjugo.cli._arguments import as_yaml, merge_file, option, parse
+from conjugo.cli._arguments import Switch, as_yaml, merge_file, option, parse
 from conjugo.training import TrainConfig, TrainResult, train
 
 __all__ = ["run"]
@@ -32,9 +32,9 @@ class Arguments:
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     out: Path | None = None
-    resume: bool = False
+    resume: Switch = False
     config: Path | None = None
-    print_config: bool = False
+    print_config: Switch = False
 
 
 def run(argv: Sequence[str]) -> int:

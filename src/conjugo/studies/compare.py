@@ -10,6 +10,7 @@ only these runs touch the test split.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -65,6 +66,7 @@ def compare(
     is False, and if it holds none or one with another configuration and *resume* is True.
     """
     check(jobs >= 1, "compare", "jobs", jobs, ">= 1")
+    _check_installed("optuna", *(() if out is None else ("matplotlib",)))
     num_train = len(load_data(config.train, config.train_limit, config.test_limit).train)
     plans = _plans(config, num_train)
     if out is None:
@@ -74,6 +76,13 @@ def compare(
     result = _execute(config, plans, num_train, out, jobs=jobs, progress=progress, run=run)
     save_result(result, out)
     return result
+
+
+def _check_installed(*packages: str) -> None:
+    """Say before hours of work what would stop it at its end."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"a comparison needs {' and '.join(missing)}: pip install 'conjugo[study]'")
 
 
 def _plans(config: CompareConfig, num_train: int) -> list[TunedCell]:

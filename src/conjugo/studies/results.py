@@ -15,6 +15,17 @@ from conjugo.training.config import TrainConfig
 
 __all__ = ["CellResult", "CompareConfig", "CompareResult"]
 
+_SET_BY_COMPARISON = (
+    "optimizer",
+    "lr",
+    "optimizer_options",
+    "batch_size",
+    "steps",
+    "evaluations",
+    "checkpoints",
+    "seed",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
@@ -23,7 +34,7 @@ class CompareConfig:
     Args:
         train: What all runs have in common (data, model, epochs, schedule, ...). Its optimizer, lr, optimizer_options,
             batch_size, steps, evaluations, checkpoints and seed are set by the comparison.
-        optimizers: Names of the catalogue.
+        optimizers: Names of optimizers (see train.optimizer).
         batch_sizes: Examples per step; full for all of the training data.
         trials: Tuning runs per optimizer and batch size.
         seeds: Fresh runs per optimizer and batch size, with the best setting.
@@ -70,9 +81,10 @@ class CompareConfig:
         for name in ("train_limit", "test_limit"):
             limit = getattr(self, name)
             self._check(name, limit is None or limit >= 2, "None or >= 2")
-        for name, default in (("steps", None), ("lr", None), ("optimizer_options", {})):
-            value = getattr(self.train, name)
-            check(value == default, "CompareConfig", f"train.{name}", value, f"{default}: the comparison sets it")
+        usual = TrainConfig()
+        for name in _SET_BY_COMPARISON:
+            value, default = getattr(self.train, name), getattr(usual, name)
+            check(value == default, "CompareConfig", f"train.{name}", value, f"{default!r}: the comparison sets it")
 
     def _check_names(self) -> None:
         from conjugo.training import optimizers

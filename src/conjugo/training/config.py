@@ -28,8 +28,8 @@ class TrainConfig:
         data_root: Folder to look for the data in.
         image_size: Side in pixels to which encoded images are scaled; None: they have one size.
         download: Fetch an official archive that is absent.
-        model: mlp, cnn, resnet8, resnet20, resnet32, resnet56 (v1 behind the name: the original form), resnet50; None: the
-            usual one for the data.
+        model: mlp, cnn, resnet8, resnet20, resnet32, resnet56, resnet50 (for ImageNet), or, in the original form,
+            resnet8v1, ..., resnet56v1; None: the usual one for the data.
         optimizer: nlcg (nlcg-online, nlcg-step, nlcg-fr, nlcg-pr), sgd, momentum, nesterov, adamw, rmsprop, lars,
             lamb.
         lr: Highest learning rate; None: the usual one of the optimizer.
@@ -45,17 +45,17 @@ class TrainConfig:
         warmup: Fraction of the steps that warm up.
         decay_norm_and_bias: Whether weight decay acts on parameters with one dimension too.
         ema: Limit of the decay of a running average of the weights, with which evaluations are made; None: no average.
-        label_smoothing: In [0, 1).
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
         augment: Random crops and flips where the data allow them.
         precision: bfloat16 is autocast; auto: that where it pays (convolutions on hardware with bfloat16 units).
         channels_last: Memory layout of images; None: for convolutional models.
         compile: Use torch.compile.
-        evaluations: Their number, evenly spaced, the last at the end.
-        checkpoints: Their number, evenly spaced, the last at the end; 0: only where the run is interrupted.
+        evaluations: Number of evaluations, evenly spaced, the last at the end.
+        checkpoints: Number of checkpoints, evenly spaced, the last at the end; 0: only where the run is interrupted.
         keep: Newest checkpoints that are kept.
         max_skipped: Training stops after so many steps in a row whose loss or gradient is not finite.
         clip_norm: Upper limit of the gradient's norm; None: no limit.
-        seed: Of weights, batches and augmentation.
+        seed: Decides weights, batches and augmentation.
         device: auto: a GPU if there is one; or cpu, cuda, cuda:1, ...
         threads: CPU threads of torch; None: as they are.
         tensorboard: Write a TensorBoard log too (extra tensorboard).

@@ -6,12 +6,11 @@ import importlib.util
 import os
 import platform
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 
-from conjugo.training.machine import choose_device, environment, pays_bfloat16
+from conjugo.training.machine import Clock, choose_device, environment, pays_bfloat16
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -43,11 +42,12 @@ def diagnose() -> Diagnosis:
         "conjugo": seen["conjugo"],
         "torch": seen["torch"],
         "python": f"{seen['python']} on {seen['platform']}",
-        "processor": f"{seen['processor']}, {cores} cores, {threads} threads for torch",
+        "processor": f"{seen['processor']}, {_count(cores, 'core')}",
+        "threads of torch": str(threads),
         "CPU features": torch.backends.cpu.get_cpu_capability(),
         "memory": _memory(),
-        "memory bandwidth": f"{copy_bandwidth():.1f} GB/s (copying float32 with {threads} threads)",
-        "device": seen["device"],
+        "memory bandwidth": f"{copy_bandwidth(torch.device('cpu')):.1f} GB/s (copying float32, {_count(threads, 'thread')})",
+        "device": _described(device, seen["device"]),
         "bfloat16 units": "yes" if pays_bfloat16(device) else "no",
         "CPU kernels": "compiled" if kernels is not None else "not compiled",
         "torch.distributed": _backends(),
@@ -56,20 +56,34 @@ def diagnose() -> Diagnosis:
     return Diagnosis(findings, tuple(_advice(device, cores, threads, kernels is not None, missing)))
 
 
-def copy_bandwidth(values: int = 16_000_000, repeats: int = 7) -> float:
-    """Memory traffic in GB/s (10^9 bytes) while copying *values* float32 numbers; the median of *repeats* copies."""
-    source, target = torch.ones(values), torch.empty(values)
+def copy_bandwidth(device: torch.device, values: int = 16_000_000, repeats: int = 7) -> float:
+    """Memory traffic in GB/s (10^9 bytes) while *values* float32 numbers are copied on *device*; the median of *repeats*."""
+    source, target = torch.ones(values, device=device), torch.empty(values, device=device)
     target.copy_(source)
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
+        clock = Clock(device)
+        with clock.running():
+            target.copy_(source)
+        seconds.append(clock.seconds)
     return 2 * source.nbytes / statistics.median(seconds) / 1e9
+
+
+def _described(device: torch.device, name: str) -> str:
+    if device.type != "cuda":
+        return name
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return (
+        f"{torch.cuda.device_count()} x {name}, {memory:.1f} GiB, {copy_bandwidth(device):.0f} GB/s (copying float32)"
+    )
 
 
 def _absent(modules: tuple[str, ...]) -> list[str]:
     return [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _memory() -> str:
