@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +70,46 @@ def test_of_several_at_once_one_reads_the_source(folder, reads):
         loaded = list(pool.map(load, [folder] * 4))
     assert len(reads) == 1
     assert all(same(loaded[0], other) for other in loaded)
+
+
+SECOND_PROCESS = """
+import sys, time
+import numpy as np
+from pathlib import Path
+from conjugo.training import data
+from conjugo.training.data import folders
+
+folder, real = Path(sys.argv[1]), np.load
+
+def read(*arguments, **options):
+    print("read", flush=True)
+    time.sleep(0.5)  # long enough for the other process to come to the same point
+    return real(*arguments, **options)
+
+folders.np.load = read
+print("ready", flush=True)
+sys.stdin.readline()
+dataset = data.load("folder", root=folder)
+print(int(dataset.train.inputs.sum()), len(dataset.test), flush=True)
+"""
+
+
+def test_of_two_processes_at_once_one_reads_the_source(folder):
+    command = [sys.executable, "-c", SECOND_PROCESS, str(folder)]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **options) for _ in range(2)]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        told = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    expected = f"{int(pixels(8, 4, 1)[:6].sum(dtype=int))} 2"
+    assert sorted(told) == [[expected], ["read", expected]]
+    assert sorted(p.name for p in folder.iterdir()) == ["conjugo-folder.cache", "data.npz"]
 
 
 def mapped_files():

@@ -1,11 +1,15 @@
 """Downloads from a server on this machine: continued, checked, in place only when whole."""
 
+import errno
 import hashlib
+import http.client
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from tests.training.data.sources import trust
@@ -119,6 +123,83 @@ def test_a_whole_part_needs_no_more_bytes(server, path):
     assert path.read_bytes() == CONTENT
 
 
+def test_it_goes_on_as_long_as_something_arrives(server, path):
+    server.cuts = [10_000] * 15
+    downloads.download(server.url, path, checksum=CHECKSUM)
+    assert path.read_bytes() == CONTENT
+    assert len(server.requests) == 16
+
+
+def test_without_ranges_what_arrives_again_is_nothing_new(server, path):
+    server.ranges = False
+    server.cuts = [50_000, 10_000, 20_000, 30_000, 40_000, 50_000]
+    with pytest.raises(DataUnavailable, match="5 attempts in a row brought nothing"):
+        downloads.download(server.url, path, checksum=CHECKSUM)
+    assert len(server.requests) == 6
+
+
+class Disk:
+    """A file on a disk that has *space* bytes left."""
+
+    space = 0
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, chunk):
+        if self.space < len(chunk):
+            self.file.write(chunk[: self.space])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        Disk.space -= len(chunk)
+        return self.file.write(chunk)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_is_an_error_at_once_and_what_arrived_is_continued(server, path, monkeypatch):
+    path.parent.mkdir()
+    path.write_bytes(b"old file")
+    with monkeypatch.context() as full:
+        full.setattr(downloads, "_CHUNK", 1000)
+        full.setattr(Disk, "space", 70_500)
+        real = Path.open
+        full.setattr(Path, "open", lambda p, mode="r": Disk(real(p, mode)) if p.suffix == ".part" else real(p, mode))
+        with pytest.raises(DataUnavailable, match=r"file\.tar\.gz\.part cannot be written \(No space left on device\)"):
+            downloads.download(server.url, path, checksum=CHECKSUM)
+    assert len(server.requests) == 1
+    assert path.read_bytes() == b"old file"
+    assert (
+        path.with_name("file.tar.gz.part").read_bytes() == CONTENT[: path.with_name("file.tar.gz.part").stat().st_size]
+    )
+    downloads.download(server.url, path, checksum=CHECKSUM)
+    assert server.requests[1].startswith("bytes=70")
+    assert path.read_bytes() == CONTENT
+    assert names(path) == ["file.tar.gz"]
+
+
+def test_a_network_that_goes_down_is_not_taken_for_a_full_disk(server, path, monkeypatch):
+    """No route to the host, in the middle, is an OSError like that of a disk."""
+    real = http.client.HTTPResponse.read
+    failures = [OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))]
+
+    def read(response, *size):
+        if failures:
+            raise failures.pop()
+        return real(response, *size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", read)
+    downloads.download(server.url, path, checksum=CHECKSUM)
+    assert path.read_bytes() == CONTENT
+    assert len(server.requests) == 2
+
+
 def test_a_server_without_ranges_begins_anew(server, path):
     server.ranges = False
     server.cuts = [50_000]
@@ -177,8 +258,10 @@ def test_a_server_in_trouble_is_asked_again(server, path):
 
 
 def test_it_gives_up_and_keeps_what_arrived(server, path):
-    server.cuts = [10_000] * 5
-    with pytest.raises(DataUnavailable, match=r"no success after 5 attempts .*50000 of 200000 bytes.*run again"):
+    server.cuts = [10_000] * 5 + [0] * 5
+    with pytest.raises(
+        DataUnavailable, match=r"5 attempts in a row brought nothing .*50000 of 200000 bytes.*run again"
+    ):
         downloads.download(server.url, path, checksum=CHECKSUM)
     assert path.with_name("file.tar.gz.part").read_bytes() == CONTENT[:50_000]
     downloads.download(server.url, path, checksum=CHECKSUM)
@@ -201,7 +284,7 @@ def test_a_breakdown_in_the_middle_of_progress_keeps_what_arrived(server, path):
 def test_nobody_there(monkeypatch, path):
     monkeypatch.setattr(downloads, "_PAUSE", 0.001)
     monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(DataUnavailable, match="no success after 5 attempts"):
+    with pytest.raises(DataUnavailable, match="5 attempts in a row brought nothing"):
         downloads.download("http://127.0.0.1:9/file", path, checksum=CHECKSUM)
 
 
@@ -220,6 +303,21 @@ def test_fetch_puts_the_archive_where_load_looks(monkeypatch, server, tmp_path, 
     assert len(server.requests) == 3
     with pytest.raises(CorruptFile, match="not a CIFAR archive"):  # but found
         data.load("cifar10")
+
+
+def test_fetch_replaces_a_damaged_archive_once_the_new_one_is_whole(monkeypatch, server, tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(CONTENT)
+    trust(monkeypatch, "cifar10", source)
+    archive = tmp_path / "root" / archives.ARCHIVES["cifar10"].file
+    archive.parent.mkdir()
+    archive.write_bytes(b"damaged")
+    server.answers = [404]
+    with pytest.raises(DataUnavailable, match="404"):
+        data.fetch("cifar10", archive.parent, url=server.url)
+    assert archive.read_bytes() == b"damaged"
+    assert data.fetch("cifar10", archive.parent, url=server.url) == archive
+    assert archive.read_bytes() == CONTENT
 
 
 def test_load_downloads_only_when_asked(monkeypatch, server, tmp_path):

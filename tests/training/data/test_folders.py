@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from tests.training.data.sources import encode, parquet, pixels, truncate
 
 from conjugo.errors import CorruptFile, DataUnavailable
-from conjugo.training import data
+from conjugo.training import data, models
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("PIL")
@@ -78,8 +79,40 @@ def test_known_class_names_unless_there_is_a_file(tmp_path):
     write_parquet(tmp_path, pixels(4, 4))
     assert load(tmp_path, "cifar10").classes[:2] == ("airplane", "automobile")
     assert len(load(tmp_path, "cifar10").classes) == 10
-    (tmp_path / "classes.txt").write_text("plane\ncar\n")  # seen although the images are in the cache
-    assert load(tmp_path, "cifar10").classes == ("plane", "car")
+    names = tuple(f"kind {i}" for i in range(10))
+    (tmp_path / "classes.txt").write_text("\n".join(names))  # seen although the images are in the cache
+    assert load(tmp_path, "cifar10").classes == names
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "message"),
+    [
+        ("cifar100", 3, r"3 channel\(s\) in 2 classes are not cifar100, which has 3 in 100"),
+        ("mnist", 3, r"3 channel\(s\) in 10 classes are not mnist, which has 1 in 10"),
+        ("cifar10", 1, r"1 channel\(s\) in 10 classes are not cifar10, which has 3 in 10"),
+    ],
+)
+def test_other_data_under_a_known_name(tmp_path, name, channels, message):
+    write_parquet(tmp_path, pixels(4, 4, channels))
+    with pytest.raises(CorruptFile, match=message) as caught:
+        load(tmp_path, name)
+    assert str(tmp_path) in str(caught.value)
+    assert len(load(tmp_path).train) == 2
+
+
+def test_no_other_program_decodes_an_image(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    calls = []
+    monkeypatch.setattr(EpsImagePlugin, "has_ghostscript", lambda: calls.append("looked for") or False)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: calls.append("called"))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n%%EndProlog\nshowpage\n%%EOF\n"
+    parquet(tmp_path / "train.parquet", [script], [0], column="image")
+    parquet(tmp_path / "test.parquet", [script], [0], column="image")
+    with pytest.raises(CorruptFile, match=r"train\.parquet, row 0: not a readable image"):
+        load(tmp_path)
+    assert not calls
 
 
 def test_a_classes_file_that_is_no_text(tmp_path):
@@ -285,6 +318,27 @@ def test_imagefolder(tmp_path, test):
     assert dataset.test.inputs[:, 0, 0, 0].tolist() == [50, 40]
     assert dataset.test.targets.tolist() == [0, 1]
     assert load(tmp_path, "imagefolder", image_size=2).input_shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp", "bmp", "ppm", "tiff"])
+def test_every_format_of_imagefolder(tmp_path, form):
+    write_imagefolder(tmp_path, form=form)
+    found = load(tmp_path, "imagefolder").train.inputs[:, 0, 0, 0].int()
+    assert (found - torch.tensor([20, 30, 0, 10])).abs().max() <= (3 if form in ("jpeg", "webp") else 0)
+
+
+def test_resnet50_learns_from_an_imagefolder_of_different_sizes(tmp_path):
+    write_imagefolder(tmp_path, side=40)
+    (tmp_path / "train" / "ant" / "wide.png").write_bytes(encode(pixels(1, 50)[0][:, :45], "png"))
+    dataset = load(tmp_path, "imagefolder", image_size=32)
+    augment = data.default_augment(dataset)
+    torch.manual_seed(0)
+    model = models.build("resnet50", input_shape=dataset.input_shape, num_classes=dataset.num_classes)
+    loss = torch.nn.functional.cross_entropy(model(augment(dataset.train.inputs, train=True)), dataset.train.targets)
+    loss.backward()
+    assert len(dataset.train) == 5
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_a_new_image_in_a_folder_is_seen(tmp_path):

@@ -1,5 +1,6 @@
 """The real image sets, where they are at hand: counts, known statistics, the second load from the cache."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -37,6 +38,15 @@ def mean_and_deviation(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return mean, (counts @ values.square() / counts.sum(1) - mean.square()).sqrt()
 
 
+def digest(dataset: data.Dataset) -> str:
+    """SHA-256 of all pixels and labels."""
+    content = hashlib.sha256()
+    for split in (dataset.train, dataset.test):
+        content.update(split.inputs.numpy())
+        content.update(split.targets.numpy())
+    return content.hexdigest()
+
+
 def same(first: data.Dataset, second: data.Dataset) -> bool:
     return torch.equal(first.train.inputs, second.train.inputs) and torch.equal(first.test.targets, second.test.targets)
 
@@ -51,6 +61,7 @@ def test_mnist(room):
     augment = data.default_augment(mnist)
     assert augment.mean == pytest.approx((0.1307,), abs=5e-5)
     assert augment.std == pytest.approx((0.3081,), abs=5e-5)
+    assert digest(mnist) == "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b"
     assert same(mnist, data.load("mnist", root=root))
 
 
@@ -75,6 +86,7 @@ def test_cifar100(room):
     assert cifar.train.inputs.shape == (50_000, 3, 32, 32)
     assert cifar.train.targets.bincount().tolist() == [500] * 100
     assert cifar.test.targets.bincount().tolist() == [100] * 100
+    assert digest(cifar) == "d16a0a03b5c46f00e438089527817f4ce51b2ddeabf08184d4431c965bff41c3"
     assert (cifar.num_classes, cifar.classes[0], cifar.classes[99]) == (100, "apple", "worm")
     mean, deviation = mean_and_deviation(cifar.train.inputs)
     torch.testing.assert_close(mean, torch.tensor([0.5071, 0.4865, 0.4409]).double(), rtol=0, atol=5e-5)

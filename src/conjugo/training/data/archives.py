@@ -120,8 +120,7 @@ def _read(name: str, path: Path) -> Dataset:
     actual = md5(path)
     if actual != archive.checksum:
         raise CorruptFile(
-            f"{path}: MD5 should be {archive.checksum}, is {actual}; delete the file and fetch it again "
-            f"(conjugo data fetch {name})"
+            f"{path}: MD5 should be {archive.checksum}, is {actual}; `conjugo data fetch {name}` replaces it"
         )
     try:
         content = _unpack(path, (*archive.train, *archive.test, archive.meta))

@@ -29,7 +29,7 @@ from conjugo.training.data.source import Source
 
 __all__ = ["cache_files", "cached", "user_cache"]
 
-_MAGIC = b"conjugo1"
+_MAGIC = b"conjugo2"  # the last digit counts the layouts
 _PREFIX = struct.Struct("<8sII")  # magic, CRC-32, length of the header
 _CHECKED_FROM = 12  # the CRC covers everything behind itself
 _ALIGNMENT = 64
@@ -85,10 +85,12 @@ def _padded(size: int) -> int:
 def _fingerprint(source: Source) -> dict[str, Any]:
     """What changes when the source does, as JSON would give it back."""
     stats = [(str(path.relative_to(source.folder)), path.stat()) for path in source.files]
+    files = json.dumps([[name, status.st_size, status.st_mtime_ns] for name, status in stats])
+    # A digest, because there may be a million files.
     return {
         "name": source.name,
         "variant": source.variant,
-        "files": [[name, status.st_size, status.st_mtime_ns] for name, status in stats],
+        "files": hashlib.sha256(files.encode()).hexdigest(),
     }
 
 
@@ -100,16 +102,16 @@ def _read_first(places: Sequence[Path], fingerprint: dict[str, Any]) -> Dataset 
 def _read(path: Path, fingerprint: dict[str, Any]) -> Dataset | None:
     """The cached data set, or None when there is none that can be trusted."""
     try:
-        with path.open("rb") as file:
-            magic, checksum, length = _PREFIX.unpack(file.read(_PREFIX.size))
-            header = json.loads(file.read(length)) if magic == _MAGIC else {}
-        if header.get("fingerprint") != fingerprint:
-            return None
         # Copy on write: torch wants writable memory, the file stays as it is.
         content = np.memmap(path, dtype=np.uint8, mode="c")
+        magic, checksum, length = _PREFIX.unpack_from(content.data)
     except (OSError, ValueError, struct.error):
         return None
-    if zlib.crc32(content.data[_CHECKED_FROM:]) != checksum:
+    # Checked on every load: 0.05 s for the 180 MB of CIFAR, against a training on damaged images.
+    if magic != _MAGIC or zlib.crc32(content.data[_CHECKED_FROM:]) != checksum:
+        return None
+    header = json.loads(content[_PREFIX.size : _PREFIX.size + length].tobytes())
+    if header["fingerprint"] != fingerprint:
         return None
     tensors = []
     start = _padded(_PREFIX.size + length)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from conjugo._files import alone_in
@@ -19,11 +18,11 @@ __all__ = ["Progress", "download", "md5"]
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all if the server tells
 
-_ATTEMPTS = 5
+_ATTEMPTS = 5  # in a row that bring nothing new
 _TIMEOUT = 30.0  # seconds without a byte
 _PAUSE = 1.0  # seconds before the second attempt; doubles
 _CHUNK = 1 << 18
-_CONNECTION_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+_CONNECTION_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def md5(path: Path) -> str:
@@ -37,9 +36,10 @@ def download(url: str, path: Path, *, checksum: str, progress: Progress | None =
 
     checksum: hexadecimal MD5 of the whole file. progress: called with (bytes so far, bytes in all or None).
 
-    Raises DataUnavailable when the server cannot be reached or refuses, or the connection keeps breaking; CorruptFile
-    when the file that arrived, from its first byte on, does not have the checksum. An existing *path* is replaced only
-    on success. Of several processes one downloads, the others wait for it.
+    Raises DataUnavailable when the server cannot be reached or refuses, the connection keeps breaking or there is no
+    space left; CorruptFile when the file that arrived, from its first byte on, does not have the checksum. An existing
+    *path* that has the checksum stays as it is, another one is replaced, on success only. Of several processes one
+    downloads, the others wait for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(path.parent):
@@ -49,31 +49,47 @@ def download(url: str, path: Path, *, checksum: str, progress: Progress | None =
 
 def _download(url: str, path: Path, checksum: str, progress: Progress | None) -> None:
     part = path.with_name(path.name + ".part")
-    reason: Exception | None = None
-    for attempt in range(_ATTEMPTS):
-        if reason is not None:
-            time.sleep(_PAUSE * 2 ** (attempt - 1))
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            _transfer(url, part, have, progress)
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                raise DataUnavailable(f"{url}: the server answers {error.code} {error.reason}") from error
-            reason = error
-            continue
-        except _CONNECTION_ERRORS as error:
-            reason = error
-            continue
-        actual = md5(part)
-        if actual == checksum:
-            os.replace(part, path)
-            return
-        # Without this the next attempt would continue the damaged file.
-        part.unlink()
-        reason = CorruptFile(f"{url}: MD5 should be {checksum}, is {actual}; the download was thrown away")
-        if have == 0:
-            raise reason
-    raise DataUnavailable(f"{url}: no success after {_ATTEMPTS} attempts ({reason}); run again to continue") from reason
+    furthest = _size(part)
+    failures = 0
+    while True:
+        have = _size(part)
+        reason = _attempt(url, part, have, progress)
+        if reason is None:
+            actual = md5(part)
+            if actual == checksum:
+                os.replace(part, path)
+                return
+            # Without this the next attempt would continue the damaged file.
+            part.unlink()
+            reason = CorruptFile(f"{url}: MD5 should be {checksum}, is {actual}; the download was thrown away")
+            if have == 0:
+                raise reason
+        failures = failures + 1 if _size(part) <= furthest else 0
+        furthest = max(furthest, _size(part))
+        if failures == _ATTEMPTS:
+            message = f"{url}: {_ATTEMPTS} attempts in a row brought nothing ({reason}); run again to continue"
+            raise DataUnavailable(message) from reason
+        time.sleep(_PAUSE * 2 ** max(failures - 1, 0))
+
+
+def _attempt(url: str, part: Path, have: int, progress: Progress | None) -> Exception | None:
+    """One transfer: None, or why it may be worth another; DataUnavailable when it is not."""
+    try:
+        _transfer(url, part, have, progress)
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            raise DataUnavailable(f"{url}: the server answers {error.code} {error.reason}") from error
+        return error
+    except _CONNECTION_ERRORS as error:
+        return error
+    except OSError as error:
+        message = f"{part} cannot be written ({error.strerror or error}); run again to continue what is there"
+        raise DataUnavailable(message) from error
+    return None
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
 def _transfer(url: str, part: Path, have: int, progress: Progress | None) -> None:
@@ -92,7 +108,7 @@ def _transfer(url: str, part: Path, have: int, progress: Progress | None) -> Non
         length = response.headers.get("Content-Length")
         total = None if length is None else done + int(length)
         with part.open("ab" if continued else "wb") as file:
-            while chunk := response.read(_CHUNK):
+            for chunk in _received(response):
                 file.write(chunk)
                 done += len(chunk)
                 if progress is not None:
@@ -101,3 +117,12 @@ def _transfer(url: str, part: Path, have: int, progress: Progress | None) -> Non
             os.fsync(file.fileno())
     if total is not None and done < total:
         raise ConnectionError(f"connection lost after {done} of {total} bytes")
+
+
+def _received(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """What arrives; every failure is an error of the connection, to be told from those of the disk."""
+    try:
+        while chunk := response.read(_CHUNK):
+            yield chunk
+    except OSError as error:
+        raise ConnectionError(f"connection lost ({error})") from error

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +29,21 @@ _IMAGE_COLUMNS = (
 _LABEL_COLUMNS = ("label", "fine_label")
 _COLUMNS = (_IMAGE_COLUMNS, _LABEL_COLUMNS)
 _CLASSES_FILE = "classes.txt"
+# What data of these names must be: channels and number of classes.
+_KNOWN = {"cifar10": (3, 10), "cifar100": (3, 100), "mnist": (1, 10)}
 # Where the folder has no classes.txt.
 _CLASSES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "mnist": tuple("0123456789"),
 }
+# Pillow knows many more; for one of them it starts Ghostscript, which then runs a program that lies in the file.
+_FORMATS = ("WEBP", "JPEG", "PNG", "BMP", "PPM", "TIFF")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _GREY = ("1", "L", "LA")
 _BLOCK = 256  # images per task of the thread pool: a task per image would cost more than decoding one
+
+
+_Pair = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # images [N, C, H, W], labels [N]
 
 
 def find_parquet(name: str, folder: Path, image_size: int | None) -> Source | None:
@@ -50,16 +58,15 @@ def find_parquet(name: str, folder: Path, image_size: int | None) -> Source | No
     def read() -> Dataset:
         blobs, labels = _read_parquet([*train, *test])
         boundary = sum(len(blobs[path]) for path in train)
-        encoded = [(f"{path}, row {row}", blob) for path in blobs for row, blob in enumerate(blobs[path])]
-        images = _decode([place for place, _ in encoded], lambda i: encoded[i][1], image_size)
-        targets = np.concatenate([labels[path] for path in blobs])
-        return image_dataset(
-            name,
-            folder,
-            _classes(name, folder),
-            (images[:boundary], targets[:boundary]),
-            (images[boundary:], targets[boundary:]),
+        rows = [(path, row) for path in blobs for row in range(len(blobs[path]))]
+        images = _decode(
+            len(rows),
+            lambda i: blobs[rows[i][0]][rows[i][1]].as_py(),
+            lambda i: f"{rows[i][0]}, row {rows[i][1]}",
+            image_size,
         )
+        targets = np.concatenate([labels[path] for path in blobs])
+        return _dataset(name, folder, (images[:boundary], targets[:boundary]), (images[boundary:], targets[boundary:]))
 
     return Source(name, folder, (*train, *test, *_classes_file(folder)), _variant(image_size), read)
 
@@ -79,7 +86,7 @@ def find_npz(name: str, folder: Path) -> Source | None:
                 test = _npz_pair(arrays["x_test"], arrays["y_test"])
         except Exception as error:  # whatever zipfile, zlib and numpy raise on bytes that mean something else
             raise CorruptFile(f"{path}: not an MNIST-style npz file ({error})") from error
-        return image_dataset(name, folder, _classes(name, folder), train, test)
+        return _dataset(name, folder, train, test)
 
     return Source(name, folder, (path, *_classes_file(folder)), "", read)
 
@@ -102,7 +109,7 @@ def find_imagefolder(name: str, folder: Path, image_size: int | None) -> Source 
     boundary = sum(map(len, train_files.values()))
 
     def read() -> Dataset:
-        images = _decode([str(path) for path in paths], lambda i: paths[i].read_bytes(), image_size)
+        images = _decode(len(paths), lambda i: paths[i].read_bytes(), lambda i: str(paths[i]), image_size)
         labels = np.array([label for _, label in samples], dtype=np.int64)
         return image_dataset(
             name, folder, classes, (images[:boundary], labels[:boundary]), (images[boundary:], labels[boundary:])
@@ -142,9 +149,20 @@ def _classes(name: str, folder: Path) -> tuple[str, ...] | None:
     return _CLASSES.get(name)
 
 
-def _npz_pair(
-    images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic]
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _dataset(name: str, folder: Path, train: _Pair, test: _Pair) -> Dataset:
+    """Data set with the class names of *folder*; CorruptFile for other data under a name that is known."""
+    dataset = image_dataset(name, folder, _classes(name, folder), train, test)
+    found = (dataset.input_shape[0], dataset.num_classes)
+    expected = _KNOWN.get(name, found)
+    if found != expected:
+        raise CorruptFile(
+            f"{folder}: images of {found[0]} channel(s) in {found[1]} classes are not {name}, which has {expected[0]} "
+            f"in {expected[1]}; other data is loaded as 'folder'"
+        )
+    return dataset
+
+
+def _npz_pair(images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic]) -> _Pair:
     """Images to [N, C, H, W] (from [N, H, W] or [N, H, W, C]), labels to int64 [N]; ValueError for anything else."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
@@ -158,8 +176,8 @@ def _npz_pair(
     return planes.astype(np.uint8, copy=False), flat
 
 
-def _read_parquet(paths: Sequence[Path]) -> tuple[dict[Path, list[bytes]], dict[Path, npt.NDArray[np.int64]]]:
-    """Encoded images and labels of each file."""
+def _read_parquet(paths: Sequence[Path]) -> tuple[dict[Path, Any], dict[Path, npt.NDArray[np.int64]]]:
+    """Encoded images (arrow's column, which is half as large as a list of bytes) and labels of each file."""
     parquet = require("pyarrow.parquet", "data", "a parquet file")
     arrow = require("pyarrow", "data", "a parquet file")
     blobs, labels = {}, {}
@@ -173,18 +191,20 @@ def _read_parquet(paths: Sequence[Path]) -> tuple[dict[Path, list[bytes]], dict[
                 raise CorruptFile(f"{path}: columns {wanted} expected, found {', '.join(table.column_names)}")
             if table.column(label).null_count or not len(table):
                 raise CorruptFile(f"{path}: {len(table)} rows, {table.column(label).null_count} of them without label")
-            blobs[path] = table.column(image).cast(arrow.binary()).to_pylist()
+            blobs[path] = table.column(image).cast(arrow.binary())
             labels[path] = table.column(label).cast(arrow.int64()).to_numpy()
         except (arrow.ArrowException, OSError) as error:
             raise CorruptFile(f"{path}: not a readable parquet file of images and labels ({error})") from error
     return blobs, labels
 
 
-def _decode(places: Sequence[str], encoded: Callable[[int], bytes], image_size: int | None) -> npt.NDArray[np.uint8]:
+def _decode(
+    count: int, encoded: Callable[[int], bytes], place: Callable[[int], str], image_size: int | None
+) -> npt.NDArray[np.uint8]:
     """Decode images to uint8 [N, C, H, W]; C is 1 if the first image is grey (then all must be), else 3.
 
-    places: where each image lies, for messages. encoded: bytes of the i-th. image_size: side in pixels to which each
-    image is brought (shorter side resized, middle cut out); None: all must have the size of the first.
+    encoded: bytes of the i-th of *count* images. place: where it lies, for messages. image_size: side in pixels to which
+    each image is brought (shorter side resized, middle cut out); None: all must have the size of the first.
     """
     pillow = require("PIL.Image", "vision", "decoding images")
     ops = require("PIL.ImageOps", "vision", "decoding images")
@@ -192,28 +212,28 @@ def _decode(places: Sequence[str], encoded: Callable[[int], bytes], image_size: 
     def pixels(i: int) -> npt.NDArray[np.uint8]:
         """[C, H, W]."""
         try:
-            with pillow.open(io.BytesIO(encoded(i))) as image:
+            with pillow.open(io.BytesIO(encoded(i)), formats=_FORMATS) as image:
                 picture = image.convert("L" if image.mode in _GREY else "RGB")
         except Exception as error:  # whatever Pillow's decoders raise
-            raise CorruptFile(f"{places[i]}: not a readable image ({error})") from error
+            raise CorruptFile(f"{place(i)}: not a readable image ({error})") from error
         if image_size is not None:
             picture = ops.fit(picture, (image_size, image_size), pillow.Resampling.BICUBIC)
         return np.atleast_3d(np.asarray(picture, dtype=np.uint8)).transpose(2, 0, 1)
 
     channels, height, width = pixels(0).shape
-    images = np.empty((len(places), channels, height, width), dtype=np.uint8)
+    images = np.empty((count, channels, height, width), dtype=np.uint8)
 
     def decode_block(start: int) -> None:
-        for i in range(start, min(start + _BLOCK, len(places))):
+        for i in range(start, min(start + _BLOCK, count)):
             planes = pixels(i)
             if planes.shape[0] > channels:
-                raise CorruptFile(f"{places[i]}: a colour image, but the first one is grey")
+                raise CorruptFile(f"{place(i)}: a colour image, but the first one is grey")
             if planes.shape[1:] != (height, width):
                 size = f"{planes.shape[2]}x{planes.shape[1]} pixels, not {width}x{height} like the first"
-                raise CorruptFile(f"{places[i]}: {size}; give image_size to bring all to one size")
+                raise CorruptFile(f"{place(i)}: {size}; give image_size to bring all to one size")
             images[i] = planes  # grey ones get three equal channels where the first has colour
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for _ in pool.map(decode_block, range(0, len(places), _BLOCK)):
+        for _ in pool.map(decode_block, range(0, count, _BLOCK)):
             pass
     return images

@@ -70,7 +70,9 @@ def _source(name: str, root: str | os.PathLike[str] | None, *, download: bool, i
 def fetch(
     name: str, root: str | os.PathLike[str] | None = None, *, url: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """Download the official archive of ``cifar10`` or ``cifar100`` and give its path; nothing to do if it is there.
+    """Download the official archive of ``cifar10`` or ``cifar100`` and give its path.
+
+    Nothing to do if it is there and has the published MD5; a damaged one is replaced when the new one is whole.
 
     root: folder for the archive; None: ``$CONJUGO_DATA/<name>`` or else a folder in the user's cache. url: a mirror;
     the MD5 must be the published one all the same. progress: called with (bytes so far, bytes in all or None).
@@ -85,8 +87,7 @@ def fetch(
         raise DataUnavailable(f"{name!r} cannot be downloaded; folder {place}: {_advice(name)}")
     archive = archives.ARCHIVES[name]
     path = _download_folder(name, root) / archive.file
-    if not path.is_file():
-        download(url or archive.url, path, checksum=archive.checksum, progress=progress)
+    download(url or archive.url, path, checksum=archive.checksum, progress=progress)
     return path
 
 
