@@ -10,6 +10,7 @@ from tests.training.data.sources import encode, parquet, pixels, truncate
 
 from conjugo.errors import CorruptFile, DataUnavailable
 from conjugo.training import data, models
+from conjugo.training.data import folders
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("PIL")
@@ -42,6 +43,21 @@ def test_lossless_parquet(tmp_path, channels, form, options):
     assert np.array_equal(dataset.test.inputs, kept[6:])
     assert dataset.train.targets.tolist() == [0, 1, 0, 1, 0, 1]
     assert dataset.classes == ("0", "1")
+
+
+@pytest.mark.parametrize("side", [4, 32], ids=["one thread", "all processors"])
+def test_more_images_than_one_thread_takes_at_once(tmp_path, side, monkeypatch):
+    images = pixels(600, side)
+    assert (len(encode(images[0], "png")) >= folders._THREADS_PAY) == (side == 32)
+    sizes = []
+    real = folders.ThreadPoolExecutor
+    monkeypatch.setattr(folders.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(folders, "ThreadPoolExecutor", lambda workers: (sizes.append(workers), real(workers))[1])
+    write_parquet(tmp_path, images, test=50)
+    dataset = load(tmp_path)
+    assert sizes == [3 if side == 32 else 1]
+    assert np.array_equal(dataset.train.inputs, images[:550])
+    assert np.array_equal(dataset.test.inputs, images[550:])
 
 
 def test_jpeg_parquet(tmp_path):

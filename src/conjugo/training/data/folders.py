@@ -41,6 +41,9 @@ _FORMATS = ("WEBP", "JPEG", "PNG", "BMP", "PPM", "TIFF")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _GREY = ("1", "L", "LA")
 _BLOCK = 256  # images per task of the thread pool: a task per image would cost more than decoding one
+# Bytes of an encoded image from which on threads pay. With less (JPEG of 32x32 pixels) they wait for Python's lock most of
+# the time, and two take half as long again as one.
+_THREADS_PAY = 2048
 
 
 _Pair = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # images [N, C, H, W], labels [N]
@@ -233,7 +236,8 @@ def _decode(
                 raise CorruptFile(f"{place(i)}: {size}; give image_size to bring all to one size")
             images[i] = planes  # grey ones get three equal channels where the first has colour
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    workers = os.cpu_count() if len(encoded(0)) >= _THREADS_PAY else 1
+    with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(decode_block, range(0, count, _BLOCK)):
             pass
     return images
