@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from conjugo._tensors import Array, namespace
 
@@ -31,15 +30,18 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Products:
-    """Inner products of one step, each a tensor of the same shape (0-d, or one value per independent scope)."""
+    """Inner products of one step, each of the same shape (0-d, or one value per independent scope).
 
-    rho: Tensor  # <g, P g>
-    rho_prev: Tensor  # <g', P g'>
-    cross: Tensor  # <g, P g'>
-    yPy: Tensor  # <y, P y>
-    dy: Tensor  # <d', y>
-    gd: Tensor  # <g, d'>
-    dd: Tensor  # <d', d'>
+    Fletcher-Reeves and Polak-Ribiere need the first three only.
+    """
+
+    rho: Array  # <g, P g>
+    rho_prev: Array  # <g', P g'>
+    cross: Array  # <g, P g'>
+    yPy: Array = None  # <y, P y>
+    dy: Array = None  # <d', y>
+    gd: Array = None  # <g, d'>
+    dd: Array = None  # <d', d'>
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

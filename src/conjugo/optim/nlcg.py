@@ -16,7 +16,7 @@ from conjugo.errors import check, unknown
 from conjugo.optim._base import Group, Optimizer, as_real, check_lr, evaluate, state_dtype, zeros_for
 from conjugo.optim._fused import FusedPasses, suits
 from conjugo.optim._passes import Move, Scale, TensorPasses
-from conjugo.optim.betas import ratio
+from conjugo.optim.betas import RULES, Products, ratio
 from conjugo.optim.line_search import LineSearch, Verdict
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 
@@ -369,11 +369,12 @@ class NLCG(Optimizer):
     def _beta(self, old: Scalars, sums: Sums, rho: Array) -> Array:
         xp = namespace(rho)
         seen = old.step > 0
-        numerator = self._pool(xp.where(seen, rho, 0.0))  # over the parameters that have a previous gradient
-        if self.rule == "pr":
-            numerator = numerator - sums.cross
-        reference = self.mode == "reference"
-        beta = numerator / (sums.rho + EPS) if reference else ratio(numerator, sums.rho)
+        products = Products(
+            rho=self._pool(xp.where(seen, rho, 0.0)),  # over the parameters that have a previous gradient
+            rho_prev=sums.rho + EPS if self.mode == "reference" else sums.rho,
+            cross=sums.cross,
+        )
+        beta = RULES[self.rule](products)
         beta = xp.minimum(beta.clip(min=0.0), self._per_parameter("beta_max"))
         if self.restart_on_ascent:
             uphill = beta * sums.xd > self._pool(rho)  # <g, d> = -<g, P g> + beta <g, d'> > 0
