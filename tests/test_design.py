@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "conjugo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"_files", "_tensors", "errors", "_version"}
+GROUND = {"_files", "_space", "_tensors", "errors", "_version"}
 METHODS = {"optim", "distributed"}
 ABOVE = {"training": METHODS | GROUND, "studies": {"training"} | METHODS | GROUND}
 ABOVE["cli"] = {"studies", *ABOVE["studies"]}
@@ -18,6 +18,7 @@ ALLOWED = {
     **dict.fromkeys(METHODS, GROUND),
     **ABOVE,
     **{room: {"_version"} for room in GROUND},
+    "_space": {"_tensors", "errors"},
     "__init__": {"optim", *GROUND},
     "__main__": {"cli"},
 }

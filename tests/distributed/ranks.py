@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -72,7 +73,7 @@ def run(
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
-                good, value = pipe.recv()
+                good, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join()
                 good, value = False, ("died", f"exit code {processes[rank].exitcode}")
@@ -114,7 +115,9 @@ def _rank(
         if initialize:
             dist.barrier()  # without it gloo may abort at exit
             dist.destroy_process_group()
-        pipe.send((True, value))
+        pipe.send_bytes(
+            pickle.dumps((True, value))
+        )  # not send(): tensors would be shared memory of a process that ends
     except BaseException as error:
-        pipe.send((False, (type(error).__name__, traceback.format_exc())))
+        pipe.send_bytes(pickle.dumps((False, (type(error).__name__, traceback.format_exc()))))
         os._exit(1)  # others may wait in a collective: a broken connection tells them
