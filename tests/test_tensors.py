@@ -1,13 +1,10 @@
 """Sums over many tensors: how accurate they are, and for which layouts and types they work."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from conjugo._tensors import CHUNK, dot, flat, mean_over_group, namespace, wide_dtype
+from conjugo._tensors import CHUNK, dot, flat, namespace, wide_dtype
 
 
 def pair(n: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,35 +186,3 @@ def test_namespaces():
     assert namespace(torch.ones(1)) is torch
     assert namespace(np.ones(1)) is np
     assert namespace(np.float64(1.0)) is np
-
-
-def test_the_mean_over_no_group_is_the_value_itself():
-    value = torch.tensor(3.0)
-    assert mean_over_group(value, None) is value
-
-
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from conjugo._tensors import mean_over_group
-
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-value = torch.tensor([1.0, 3.0][rank], dtype=torch.float64)
-mean = mean_over_group(value, dist.group.WORLD)
-print(value.item(), mean.item())
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_the_mean_over_two_ranks(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(i), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
-        )
-        for i in range(2)
-    ]
-    printed = [rank.communicate(timeout=120)[0].split() for rank in ranks]
-    assert printed == [["1.0", "2.0"], ["3.0", "2.0"]]

@@ -15,7 +15,7 @@ import hashlib
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,13 @@ class Slices:
         self.mesh = DeviceMesh.from_group(group, device_type)
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+
+    @classmethod
+    def over(cls, group: Any, device_type: str) -> Self | None:
+        """Slices over *group* (None: all ranks); None where there is one rank only."""
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        return None if group is None or dist.get_world_size(group) == 1 else cls(group, device_type)
 
     def rows(self, n: int, rank: int | None = None) -> slice:
         """Those of the *n* rows of a tensor that *rank* (default: this one) has."""

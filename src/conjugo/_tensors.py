@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "Array", "dot", "flat", "mean_over_group", "namespace", "wide_dtype"]
+__all__ = ["CHUNK", "Array", "dot", "flat", "namespace", "wide_dtype"]
 
 Array: TypeAlias = Any
 """A tensor, or a numpy array where scalars are worked out on the host: numpy's overhead per operation is a fraction of
@@ -57,14 +57,3 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 def namespace(x: Array) -> Any:
     """The module whose functions (``where``, ``sqrt``, ...) take *x*: torch for a tensor, numpy for an array."""
     return torch if isinstance(x, Tensor) else np
-
-
-def mean_over_group(value: Tensor, group: Any) -> Tensor:
-    """*value* averaged over the ranks of a ``torch.distributed`` process group; unchanged when *group* is None."""
-    if group is None:
-        return value
-    import torch.distributed as dist
-
-    mean = value.clone()
-    dist.all_reduce(mean, group=group)
-    return mean / int(dist.get_world_size(group))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from conjugo._space import from_local, is_dtensor, to_local
 from conjugo.errors import check
 
 __all__ = ["Optimizer", "as_real", "check_lr", "evaluate", "state_dtype", "zeros_for"]
@@ -133,7 +134,7 @@ class Optimizer(torch.optim.Optimizer):
                 if any(t.device != p.device for t in self.state[p].values()):
                     self.state[p] = self._init_state(p, group)
                 for name, own in self.state[p].items():
-                    own.copy_(values[name])
+                    _copy(own, values[name])
         self._state_replaced()
 
     def _check_fits(self, p: Tensor, values: dict[str, Any]) -> None:
@@ -157,6 +158,18 @@ class Optimizer(torch.optim.Optimizer):
         if unpickling:
             self._warned_capturable_if_run_uncaptured = True
             self._state_replaced()
+
+
+def _copy(own: Tensor, value: Tensor) -> None:
+    """own <- value, where either may be spread over ranks and the other whole; collective if *value* is spread otherwise."""
+    if is_dtensor(value) and not (is_dtensor(own) and value.placements == own.placements):
+        value = value.full_tensor()
+    if is_dtensor(own) and not is_dtensor(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every rank has the whole: each takes its piece.
+        value = distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    to_local(own).copy_(to_local(value))
 
 
 class _Shielded:
@@ -197,5 +210,6 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def zeros_for(p: Tensor) -> Tensor:
-    """Zeros with the shape and layout of ``as_real(p)``, in ``state_dtype(p)``."""
-    return torch.zeros_like(as_real(p.detach()), dtype=state_dtype(p), memory_format=torch.preserve_format)
+    """Zeros with the shape and layout of ``as_real(p)``, in ``state_dtype(p)``; a DTensor like *p* if that is one."""
+    local = as_real(to_local(p.detach()))
+    return from_local(torch.zeros_like(local, dtype=state_dtype(p), memory_format=torch.preserve_format), p)

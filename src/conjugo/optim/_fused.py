@@ -41,7 +41,7 @@ def suits(blocks: Sequence[Block], preconditioner: Preconditioner) -> bool:
     """Whether the kernels can do the work: dense CPU parameters of one type, float32 or float64, and a built-in P."""
     if kernels is None or type(preconditioner) not in (Identity, DiagonalBFGS):
         return False
-    params = [p for block in blocks for p in block.params]
+    params = [p for block in blocks for p in block.pieces()]
     return all(
         type(p) in (Tensor, torch.nn.Parameter)
         and p.device.type == "cpu"
@@ -64,7 +64,8 @@ class FusedPasses:
         k = kernels
         self._precond = preconditioner
         self._hessian = k.F_HESSIAN if isinstance(preconditioner, DiagonalBFGS) else 0
-        self._params = [p for block in blocks for p in block.params]
+        self._blocks = blocks
+        self._params = [p for block in blocks for p in block.pieces()]
         self._states = [state for block in blocks for state in block.states]
         self._layouts = [(p.dtype, p.stride()) for p in self._params]
         self._double = self._params[0].dtype == torch.float64
@@ -91,7 +92,7 @@ class FusedPasses:
         self._gradients: list[Tensor] = []
 
     def gradient(self, scales: Sequence[Scale], *, direction: bool, cross: bool, fresh: Array) -> Array:
-        """[n, 3], see :mod:`conjugo.optim._passes`."""
+        """[n, 4], see :mod:`conjugo.optim._passes`."""
         k, c = kernels, self._coefficients
         self._bind()
         for i, (factor, decay) in enumerate(scales):
@@ -99,41 +100,43 @@ class FusedPasses:
         if isinstance(self._precond, DiagonalBFGS):
             c[:, k.EPS] = self._precond.eps(fresh)
         flags = (k.F_DIRECTION if direction else 0) | (k.F_CROSS | self._hessian if cross else 0)
-        sums = self._run(k.OP_GRADIENT, flags)[:, :3]
-        self._xx = sums[:, 0]
-        return sums
+        return self._run(k.OP_GRADIENT, flags)
 
     def difference(self) -> Array:
         """[n], see :mod:`conjugo.optim._passes`."""
         return self._run(kernels.OP_DIFFERENCE)[:, 0]
 
     def precondition(self, secant: Secant, *, fresh: Array) -> Array:
-        """[n], see :mod:`conjugo.optim._passes`; the caller has seen that the step is finite."""
+        """[n, 4], see :mod:`conjugo.optim._passes`; the caller has seen that the step is finite.
+
+        Without preconditioner 0: all is known from the first pass.
+        """
         k, c = kernels, self._coefficients
         if not isinstance(self._precond, DiagonalBFGS):
-            return self._xx
+            return np.zeros((len(c), 4))
         c[:, k.EPS] = self._precond.eps(fresh)
         c[:, k.ROOT_A], c[:, k.ROOT_B], c[:, k.SHIFT] = self._precond.coefficients(secant)
         flags = k.F_UPDATE if c[:, k.ROOT_A].any() else 0
-        return self._run(k.OP_PRECONDITION, flags | (k.F_ABSOLUTE if self._precond.reference else 0))[:, 0]
+        return self._run(k.OP_PRECONDITION, flags | (k.F_ABSOLUTE if self._precond.reference else 0))
 
     def move(self, move: Move) -> Array:
-        """[n, 3], see :mod:`conjugo.optim._passes`."""
+        """[n, 2], see :mod:`conjugo.optim._passes`."""
         k, c = kernels, self._coefficients
         c[:, k.BETA], c[:, k.TAU] = move.beta, move.tau
         c[:, k.UNDO] = 0.0 if move.undo is None else move.undo
         c[:, k.KEEP] = 1.0 if move.keep is None else move.keep
-        sums = self._run(k.OP_MOVE, self._hessian | self._store | (0 if move.undo is None else k.F_UNDO))[:, :3]
+        flags = self._hessian | self._store | (0 if move.undo is None else k.F_UNDO)
+        totals = self._run(k.OP_MOVE, flags)[:, :2]
         self._gradients = []
         torch.autograd.graph.increment_version(self._params)
-        return sums
+        return totals
 
     def _bind(self) -> None:
         """Take the addresses of this step's gradients, and those of the parameters, which may have been exchanged."""
+        self._params = [p for block in self._blocks for p in block.pieces()]
+        raw = [g for block in self._blocks for g in block.raw_gradients()]
         self._gradients = gradients = []
-        for p, (dtype, stride) in zip(self._params, self._layouts, strict=True):
-            g = p.grad
-            assert g is not None
+        for p, g, (dtype, stride) in zip(self._params, raw, self._layouts, strict=True):
             if p.dtype != dtype or p.stride() != stride or p.device.type != "cpu":
                 raise RuntimeError(f"NLCG: a parameter of shape {tuple(p.shape)} changed its type, device or strides")
             gradients.append(g if g.stride() == stride and g.dtype == dtype else torch.empty_like(p).copy_(g))

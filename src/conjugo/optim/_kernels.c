@@ -1,6 +1,6 @@
 /* The vector work of an NLCG step on CPU tensors: few passes over memory.
  *
- * Optional: without this module the optimizers take their PyTorch paths, which are the specification (see _vectors.py).
+ * Optional: without this module the optimizers take their PyTorch paths, which are the specification (see _passes.py).
  * Works on blocks of flat, equally laid out tensors. Sums are written per block, so that their total does not depend on how
  * the blocks are shared out over threads.
  */

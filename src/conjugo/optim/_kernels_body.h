@@ -8,24 +8,24 @@
 
 #define EFFECTIVE(i) ((flags & F_DECAY) ? scale * g[i] + decay * p[i] : g[i])
 
-/* |x|^2, <x, d>, <x, P prev> */
+/* |x|^2, <x, d>, <x, P prev>, |d|^2 */
 INLINE void SUFFIX(gradient)(const T *restrict p, const T *restrict g, const T *restrict prev, const T *restrict h,
                              const T *restrict d, int64_t n, const double *c, double *out, const int flags) {
-    double sum_xx = 0, sum_xd = 0, sum_cross = 0;
+    double sum_xx = 0, sum_xd = 0, sum_cross = 0, sum_dd = 0;
     const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS];
     for (int64_t start = 0; start < n; start += RUN) {
         const int64_t end = start + RUN < n ? start + RUN : n;
-        T xx = 0, xd = 0, cross = 0;
-#pragma omp simd reduction(+ : xx, xd, cross)
+        T xx = 0, xd = 0, cross = 0, dd = 0;
+#pragma omp simd reduction(+ : xx, xd, cross, dd)
         for (int64_t i = start; i < end; i++) {
             const T x = EFFECTIVE(i);
             xx += x * x;
-            if (flags & F_DIRECTION) xd += x * d[i];
+            if (flags & F_DIRECTION) xd += x * d[i], dd += d[i] * d[i];
             if (flags & F_CROSS) cross += x * ((flags & F_HESSIAN) ? prev[i] / (h[i] + eps) : prev[i]);
         }
-        sum_xx += (double)xx, sum_xd += (double)xd, sum_cross += (double)cross;
+        sum_xx += (double)xx, sum_xd += (double)xd, sum_cross += (double)cross, sum_dd += (double)dd;
     }
-    out[0] = sum_xx, out[1] = sum_xd, out[2] = sum_cross, out[3] = 0;
+    out[0] = sum_xx, out[1] = sum_xd, out[2] = sum_cross, out[3] = sum_dd;
 }
 
 /* |x - prev|^2 */
@@ -46,16 +46,16 @@ INLINE void SUFFIX(difference)(const T *restrict p, const T *restrict g, const T
     out[0] = sum_yy, out[1] = out[2] = out[3] = 0;
 }
 
-/* h <- bounded(h - (ROOT_B h d)^2 + (ROOT_A y)^2 + SHIFT), prev <- x; <x, P x> */
+/* h <- bounded(h - (ROOT_B h d)^2 + (ROOT_A y)^2 + SHIFT), prev <- x; <x, P x>, <d, H d>, |P x|^2, <P x, d> */
 INLINE void SUFFIX(precondition)(const T *restrict p, const T *restrict g, T *restrict prev, T *restrict h,
                                  const T *restrict d, int64_t n, const double *c, double *out, const int flags) {
-    double sum_rho = 0;
+    double sum_rho = 0, sum_dhd = 0, sum_zz = 0, sum_zd = 0;
     const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], root_a = (T)c[ROOT_A], root_b = (T)c[ROOT_B];
     const T shift = (T)c[SHIFT], low = (T)c[LOW], high = (T)c[HIGH];
     for (int64_t start = 0; start < n; start += RUN) {
         const int64_t end = start + RUN < n ? start + RUN : n;
-        T rho = 0;
-#pragma omp simd reduction(+ : rho)
+        T rho = 0, dhd = 0, zz = 0, zd = 0;
+#pragma omp simd reduction(+ : rho, dhd, zz, zd)
         for (int64_t i = start; i < end; i++) {
             const T x = EFFECTIVE(i);
             T v = h[i];
@@ -68,23 +68,24 @@ INLINE void SUFFIX(precondition)(const T *restrict p, const T *restrict g, T *re
                 h[i] = v;
             }
             prev[i] = x;
-            rho += x * (x / (v + eps));
+            const T z = x / (v + eps);
+            rho += x * z, dhd += v * d[i] * d[i], zz += z * z, zd += z * d[i];
         }
-        sum_rho += (double)rho;
+        sum_rho += (double)rho, sum_dhd += (double)dhd, sum_zz += (double)zz, sum_zd += (double)zd;
     }
-    out[0] = sum_rho, out[1] = out[2] = out[3] = 0;
+    out[0] = sum_rho, out[1] = sum_dhd, out[2] = sum_zz, out[3] = sum_zd;
 }
 
-/* d <- -P x + BETA d, p <- KEEP p + UNDO d_old + TAU d; <x, d>, <d, H d>, |d|^2 */
+/* d <- -P x + BETA d, p <- KEEP p + UNDO d_old + TAU d; <x, d>, |d|^2 */
 INLINE void SUFFIX(move)(T *restrict p, const T *restrict g, T *restrict prev, const T *restrict h, T *restrict d, int64_t n,
                          const double *c, double *out, const int flags) {
-    double sum_xd = 0, sum_dhd = 0, sum_dd = 0;
+    double sum_xd = 0, sum_dd = 0;
     const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], beta = (T)c[BETA], tau = (T)c[TAU];
     const T undo = (T)c[UNDO], keep = (T)c[KEEP];
     for (int64_t start = 0; start < n; start += RUN) {
         const int64_t end = start + RUN < n ? start + RUN : n;
-        T xd = 0, dhd = 0, dd = 0;
-#pragma omp simd reduction(+ : xd, dhd, dd)
+        T xd = 0, dd = 0;
+#pragma omp simd reduction(+ : xd, dd)
         for (int64_t i = start; i < end; i++) {
             const T x = EFFECTIVE(i), old = d[i];
             const T direction = old * beta - ((flags & F_HESSIAN) ? x / (h[i] + eps) : x);
@@ -92,13 +93,11 @@ INLINE void SUFFIX(move)(T *restrict p, const T *restrict g, T *restrict prev, c
             p[i] = kept + direction * tau;
             d[i] = direction;
             if (flags & F_STORE) prev[i] = x;
-            xd += x * direction;
-            dd += direction * direction;
-            if (flags & F_HESSIAN) dhd += h[i] * direction * direction;
+            xd += x * direction, dd += direction * direction;
         }
-        sum_xd += (double)xd, sum_dhd += (double)dhd, sum_dd += (double)dd;
+        sum_xd += (double)xd, sum_dd += (double)dd;
     }
-    out[0] = sum_xd, out[1] = sum_dhd, out[2] = sum_dd, out[3] = 0;
+    out[0] = sum_xd, out[1] = sum_dd, out[2] = out[3] = 0;
 }
 
 #undef EFFECTIVE

@@ -1,14 +1,16 @@
 """The vector work of an NLCG step in PyTorch operations: the specification of the method, for any device and type.
 
-Four passes; each returns inner products per parameter, float64 [n, ...], for the parameters in the order of the blocks:
+Four passes; each returns inner products per parameter, float64 [n, ...], for the parameters in the order of the blocks, over
+the pieces that this rank has:
 
-* ``gradient``: form the gradient x that the method sees; <x, x>, <x, d>, <x, P g'>;
+* ``gradient``: form the gradient x that the method sees; <x, x>, <x, d>, <x, P g'>, <d, d>;
 * ``difference``: <y, y> with y = x - g';
-* ``precondition``: update the preconditioner, keep x as g'; <x, P x>;
-* ``move``: d <- -P x + beta d, p <- keep p + undo d_old + tau d; <x, d>, <d, H d>, <d, d>.
+* ``precondition``: update the preconditioner, keep x as g'; <x, P x>, <d, H d>, and where needed <P x, P x>, <P x, d>;
+* ``move``: d <- -P x + beta d, p <- keep p + undo d_old + tau d; unless *sharded* <x, d>, <d, d>.
 
-The sums of the last pass serve the next step, since <y, d> = <g, d> - <g', d>. Scalars are 0-d tensors on the device: nothing
-here waits for it, so a step with a non-finite gradient runs through, with coefficients that leave everything as it was.
+Sharded parameters get the inner products of the new direction from those of its parts (``NLCG._step``), because a sum over
+ranks after the last pass would be one more collective. Scalars are 0-d tensors on the device: nothing here waits for it, so a
+step with a non-finite gradient runs through, with coefficients that leave everything as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from conjugo._tensors import Array, dot, wide_dtype
 from conjugo.optim._base import as_real
-from conjugo.optim.preconditioners import Block, Preconditioner, Secant
+from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 
 __all__ = ["Move", "Scale", "TensorPasses"]
 
@@ -44,22 +46,25 @@ class TensorPasses:
     on_host = False
     """Whether reading a scalar costs nothing, so that Python may branch on it."""
 
-    def __init__(self, blocks: Sequence[Block], preconditioner: Preconditioner) -> None:
+    def __init__(self, blocks: Sequence[Block], preconditioner: Preconditioner, *, sharded: bool) -> None:
         self._precond = preconditioner
+        self._sharded = sharded
+        self._wants_z = sharded or (isinstance(preconditioner, DiagonalBFGS) and preconditioner.reference)
         starts = [sum(len(b.params) for b in blocks[:i]) for i in range(len(blocks))]
         self._blocks = list(zip(starts, blocks, strict=True))
         self._z: list[list[Tensor]] = []
 
     def gradient(self, scales: Sequence[Scale], *, direction: bool, cross: bool, fresh: Tensor) -> Tensor:
-        """[n, 3]; <x, d> and <x, P g'> only if asked for, else 0. fresh: bool [n], P was never updated."""
+        """[n, 4]; those with d and with P g' only if asked for, else 0. fresh: bool [n], P was never updated."""
         rows = []
         for start, block in self._blocks:
             xs = block.gradients = _effective(block, scales[start : start + len(block.params)])
             xx = _dots(xs, xs, block.foreach)
-            xd = _dots(xs, block.state("direction"), block.foreach) if direction else torch.zeros_like(xx)
+            ds = block.state("direction")
+            xd, dd = (_dots(v, ds, block.foreach) if direction else torch.zeros_like(xx) for v in (xs, ds))
             old = self._precond.apply(block, block.state("grad_prev"), fresh[start]) if cross else None
             xz = torch.zeros_like(xx) if old is None else _dots(xs, old, block.foreach)
-            rows.append(torch.stack([xx, xd, xz], 1))
+            rows.append(torch.stack([xx, xd, xz, dd], 1))
         return torch.cat(rows)
 
     def difference(self) -> Tensor:
@@ -71,7 +76,10 @@ class TensorPasses:
         return torch.cat(rows)
 
     def precondition(self, secant: Secant, *, fresh: Tensor) -> Tensor:
-        """[n]. secant: fields [n], but ``finite`` 0-d; fresh: bool [n], no step was taken yet."""
+        """[n, 4]; <d, H d> is 0 for a preconditioner that does not learn from steps, all are 0 without one.
+
+        secant: fields [n], but ``finite`` 0-d; fresh: bool [n], no step was taken yet.
+        """
         rows = []
         self._z = []
         skip = torch.logical_not(secant.finite)
@@ -81,18 +89,31 @@ class TensorPasses:
             self._precond.update(block, Secant(*(f[start] if f.ndim else f for f in secant)))
             z = self._precond.apply(block, block.gradients, fresh[start])
             self._z.append(z)
-            rows.append(_dots(block.gradients, z, block.foreach))
+            rows.append(torch.stack(self._products(block, z), 1))
             if "grad_prev" in block.states[0]:
                 _replace(block.state("grad_prev"), block.gradients, secant.finite, block.foreach)
         return torch.cat(rows)
 
+    def _products(self, block: Block, z: list[Tensor]) -> list[Tensor]:
+        """<x, z>, <d, H d>, <z, z>, <z, d>, each [n]."""
+        ds = block.state("direction")
+        zero = torch.zeros(len(ds), dtype=wide_dtype(ds[0].device), device=ds[0].device)
+        if isinstance(self._precond, Identity):
+            return [zero] * 4
+        learns = self._precond.learns_from_steps
+        return [
+            _dots(block.gradients, z, block.foreach),
+            _dots(self._precond.multiply(block, ds), ds, block.foreach) if learns else zero,
+            *([_dots(z, z, block.foreach), _dots(z, ds, block.foreach)] if self._wants_z else [zero, zero]),
+        ]
+
     def move(self, move: Move) -> Tensor:
-        """[n, 3]; <d, H d> is 0 for a preconditioner that does not learn from steps."""
+        """[n, 2]."""
         rows = []
         for (start, block), z in zip(self._blocks, self._z, strict=True):
             ds = block.state("direction")
             beta, tau = (c[start].to(ds[0].dtype) for c in (move.beta, move.tau))
-            ps = [as_real(p) for p in block.params]
+            ps = [as_real(p) for p in block.pieces()]
             if move.keep is not None:
                 _scale(ps, move.keep[start].to(ps[0].dtype), block.foreach)
             if move.undo is not None:
@@ -100,20 +121,20 @@ class TensorPasses:
             _scale(ds, beta, block.foreach)
             _subtract(ds, z, block.foreach)
             _add(ps, ds, tau, block.foreach)
-            dd = _dots(ds, ds, block.foreach)
-            learns = self._precond.learns_from_steps
-            dhd = _dots(self._precond.multiply(block, ds), ds, block.foreach) if learns else torch.zeros_like(dd)
-            rows.append(torch.stack([_dots(block.gradients, ds, block.foreach), dhd, dd], 1))
+            if not self._sharded:
+                rows.append(torch.stack([_dots(v, ds, block.foreach) for v in (block.gradients, ds)], 1))
             block.gradients = []
         self._z = []
-        return torch.cat(rows)
+        return (
+            torch.cat(rows) if rows else torch.zeros(len(move.beta), 2, dtype=move.beta.dtype, device=move.beta.device)
+        )
 
 
 def _effective(block: Block, scales: Sequence[Scale]) -> list[Tensor]:
     """scale[0] * gradient + scale[1] * parameter in the type of the state; the gradient itself where that is the same."""
     dtype = block.state("direction")[0].dtype
-    gs = [as_real(p.grad).to(dtype) for p in block.params if p.grad is not None]
-    ps = [as_real(p).to(dtype) for p in block.params]
+    gs = [as_real(g).to(dtype) for g in block.raw_gradients()]
+    ps = [as_real(p).to(dtype) for p in block.pieces()]
     factor, decay = scales[0]
     if block.foreach and isinstance(factor, float) and isinstance(decay, float) and set(scales) == {scales[0]}:
         if factor == 1 and decay == 0:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from conjugo._tensors import Array, dot, mean_over_group, namespace, wide_dtype
+from conjugo._space import ParamSpace, Slices, is_dtensor, to_local
+from conjugo._tensors import Array, dot, namespace, wide_dtype
 from conjugo.errors import check, unknown
 from conjugo.optim._base import Group, Optimizer, as_real, check_lr, evaluate, state_dtype, zeros_for
 from conjugo.optim._fused import FusedPasses, suits
@@ -42,7 +43,6 @@ class Scalars(NamedTuple):
     gg: Array  # <g', g'>
     gd: Array  # <g', d'>
     dhd: Array  # <d', H d'>
-    dd: Array  # <d', d'>
     skipped: Array  # steps skipped because something was not finite
 
 
@@ -78,8 +78,9 @@ class NLCG(Optimizer):
     .. math:: h \leftarrow h - \frac{h^2 s^2}{\langle s, h s \rangle} + \frac{y^2}{\langle y, s \rangle}
 
     Args:
-        params: parameters or parameter groups, real or complex floating point, all on one device. Groups may have
-            their own *lr*, *weight_decay*, *decoupled*, *lars*, *grad_scale*, *beta_max* and *maximize*.
+        params: parameters or parameter groups, real or complex floating point, all on one device; of a model on many
+            ranks those of this rank: whole (DDP) or DTensors (FSDP2, HSDP, tensor parallelism). Groups may have their own
+            *lr*, *weight_decay*, *decoupled*, *lars*, *grad_scale*, *beta_max* and *maximize*.
         lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. A good one for SGD with momentum is a good start.
         rule: ``"fr"`` (Fletcher-Reeves: a momentum that adapts) or ``"pr"`` (Polak-Ribiere: without an exact line
             search :math:`\beta` is 0 in most steps, so it is close to gradient descent).
@@ -108,7 +109,15 @@ class NLCG(Optimizer):
         restart_on_ascent: restart with :math:`d = -P g` where the new direction would lead uphill.
         allow_missing: whether a parameter may be without gradient in one step and have one in the next; it then counts as
             zero. Parameters that never have a gradient are left alone in any case.
-        process_group: the ranks over which the loss of the line search is averaged; None: this process only.
+        process_group: the ranks that train this model together; None: all, if torch.distributed is initialised.
+            Independent models on the ranks of one job need a group of one rank each. Sums run over all parameters
+            wherever they lie, and the loss of the line search is averaged. Constructor, ``add_param_group`` and ``step``
+            are collective then.
+        sync_scalars: take the sums of rank 0 on all ranks also where each could work them out (DDP), for ranks whose
+            hardware rounds differently; one more tiny collective in each step. Sharded parameters always share sums.
+        shard_state: under DDP, keep state for a part of the rows of each parameter only, 1/W of it on each of W ranks
+            (ZeRO-1). A rank updates its rows and gets the others from the other ranks. The state is laid out as FSDP2
+            lays out parameters, and checkpoints fit both.
         foreach: update lists of tensors at once; by default on accelerators.
         fused: use the compiled CPU kernels; by default where they fit (dense float32 or float64 parameters on a CPU).
         maximize: ascend instead of descend.
@@ -119,7 +128,7 @@ class NLCG(Optimizer):
     Gradient clipping to a fixed norm makes the Fletcher-Reeves :math:`\beta` 1 in every step: set *beta_max* then.
 
     Raises:
-        ValueError: an argument is out of its range, or the line search gets no loss.
+        ValueError: an argument is out of its range, the line search gets no loss, or ranks have different parameters.
         TypeError: a parameter is of an integer type.
         RuntimeError: a gradient is sparse; parameters lie on several devices; the set of parameters with a gradient changed
             and *allow_missing* is not set.
@@ -148,9 +157,12 @@ class NLCG(Optimizer):
         "restart_on_ascent",
         "allow_missing",
         "process_group",
+        "sync_scalars",
+        "shard_state",
         "foreach",
         "fused",
     )
+    _slices: Slices | None = None  # made when first needed, also after unpickling
 
     def __init__(
         self,
@@ -175,6 +187,8 @@ class NLCG(Optimizer):
         restart_on_ascent: bool = False,
         allow_missing: bool = False,
         process_group: Any = None,
+        sync_scalars: bool = False,
+        shard_state: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
@@ -195,6 +209,8 @@ class NLCG(Optimizer):
         self.restart_on_ascent = restart_on_ascent
         self.allow_missing = allow_missing
         self.process_group = process_group
+        self.sync_scalars = sync_scalars
+        self.shard_state = shard_state
         self.foreach = foreach
         self.fused = fused
         self._last: dict[str, Array] = {}
@@ -208,6 +224,7 @@ class NLCG(Optimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
+        ParamSpace([p for group in self.param_groups for p in group["params"]], group=process_group, owner="NLCG")
 
     # Hooks of the base class -----------------------------------------------------------------------------------------
 
@@ -225,13 +242,25 @@ class NLCG(Optimizer):
             check(good, "NLCG", "grad_scale", scale, accepted)
 
     def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
-        state = {"direction": zeros_for(p)}
+        home = self._home(p)
+        state = {"direction": zeros_for(home)}
         if self.precond.learns_from_steps or self.rule == "pr":
-            state["grad_prev"] = zeros_for(p)
+            state["grad_prev"] = zeros_for(home)
         scalars = torch.zeros(len(Scalars._fields), dtype=wide_dtype(p.device), device=p.device)
         scalars[Scalars._fields.index("base")] = 1.0
         scalars[Scalars._fields.index("pure")] = 1.0
-        return state | self.precond.init_state(p) | {"scalars": scalars}
+        return state | self.precond.init_state(home) | {"scalars": scalars}
+
+    def _home(self, p: Tensor) -> Tensor:
+        """*p* laid out as its state is to be."""
+        slices = None if is_dtensor(p) else self._cut(p.device)
+        return p if slices is None else slices.home(p)
+
+    def _cut(self, device: torch.device) -> Slices | None:
+        """How whole parameters are shared out over the ranks, if they are."""
+        if self.shard_state and self._slices is None:
+            self._slices = Slices.over(self.process_group, device.type)
+        return self._slices
 
     def _state_replaced(self) -> None:
         """Make the scalars of all parameters rows of one table, and forget what refers to the old tensors."""
@@ -297,38 +326,51 @@ class NLCG(Optimizer):
         return value
 
     def _step(self, loss: Tensor | float | None) -> None:
-        passes, table = self._passes, self._scalar_table()
+        passes, space, table = self._passes, self._space, self._scalar_table()
+        if space.has_dtensors:
+            space.canonical_grads()
         xp = namespace(table)
         old = Scalars(*table[self._rows].T)
         first = old.step == 0
         lr = self._per_parameter("lr")
 
-        learns = self.precond.learns_from_steps
+        # First sum over ranks.
         parts = passes.gradient(
             self._scales(),
-            direction=learns or self.restart_on_ascent,
+            direction=self.precond.learns_from_steps or self.restart_on_ascent or space.sharded,
             cross=self.rule == "pr",
             fresh=old.step <= 1,
         )
-        xx, xd, cross = parts.T
-        value = self._mean_loss(loss)
+        (xx, xd, cross, old_dd, change), value = self._shared(parts, loss)
         finite = xp.isfinite(xx.sum() + value)
         if passes.on_host and not finite:
             self._finish(table, old, finite)
             self._last = self._last | {"skipped": ~finite}
             return
 
-        sums = self._pooled(old, lr, xx, xd, cross)
-        secant = self._secant(old, sums, finite)
-        rho = passes.precondition(secant, fresh=first)
+        sums = self._pooled(old, lr, xx, xd, cross, old_dd)
+        secant = self._secant(old, sums, finite, change)
+        # Second sum over ranks, which needs the results of the first one: the preconditioner has changed.
+        products = passes.precondition(secant, fresh=first).T
+        if isinstance(self.precond, Identity):
+            rho, old_dhd, zz, zd = xx, 0 * xx, xx, xd
+        else:
+            rho, old_dhd, zz, zd = space.reduce(products)
         beta = self._beta(old, sums, rho)
         base, remove, ema, ema_prev = self._search(old, value)
         length = lr * base
         tau, undo = self._lengths(length, lr * old.base if self.mode == "reference" else old.tau, remove)
         move = Move(beta, tau, undo, self._keep(lr))
-        gd, dhd, dd = passes.move(move if passes.on_host else _nothing_unless(finite, move)).T
+        gd, dd = passes.move(move if passes.on_host else _nothing_unless(finite, move)).T
+        if self._slices is not None:
+            self._slices.gather(self._active)
+        # Inner products of the new direction d = -z + beta d', z = P x, without a third sum over ranks. H z = x - eps z.
+        if space.sharded:
+            gd, dd = beta * xd - rho, zz - 2 * beta * zd + beta * beta * old_dd
+        eps = self.precond.eps(first) if isinstance(self.precond, DiagonalBFGS) else 0.0
+        dhd = (rho - eps * zz) - 2 * beta * (xd - eps * zd) + beta * beta * old_dhd
         pure = xp.where(remove == 0, 1.0, 0.0)
-        new = Scalars(old.step + 1, rho, base, ema, ema_prev, length, pure, xx, gd, dhd, dd, old.skipped)
+        new = Scalars(old.step + 1, rho, base, ema, ema_prev, length, pure, xx, gd, dhd, old.skipped)
         self._finish(table, new, finite)
         self._last = {
             "beta": beta,
@@ -342,29 +384,46 @@ class NLCG(Optimizer):
             "skipped": ~finite,
         }
 
-    def _pooled(self, old: Scalars, lr: Array, xx: Array, xd: Array, cross: Array) -> Sums:
+    def _shared(self, parts: Array, loss: Tensor | float | None) -> tuple[list[Array], Array]:
+        """Sums over all ranks of the first pass's *parts*, by column, and <y, y> or None; and the mean loss."""
+        space, value = self._space, self._loss_value(loss)
+        rows = parts.T
+        early = self.precond.learns_from_steps and not self._passes.on_host
+        if early:  # what the host may look at first, if it is needed at all, would make a device wait
+            rows = torch.cat([rows, self._passes.difference()[None]])
+        if space.sharded:
+            rows, value = space.reduce_with_mean(rows, value)
+        elif space.group is not None:
+            # Each rank has its own loss, and a decision may rest only on what all have.
+            value = 0 * value if self.line_search is None else space.mean(value)
+        return (list(rows) if early else [*rows, None]), value
+
+    def _pooled(self, old: Scalars, lr: Array, xx: Array, xd: Array, cross: Array, dd: Array) -> Sums:
         """All sums over the scope that are known before the preconditioner is updated, in one go."""
         tau = lr * old.base if self.mode == "reference" else old.tau
         # <y, s> = tau (<g, d'> - <g', d'>) takes no pass over memory.
-        parts = (tau * (xd - old.gd), tau * tau * old.dhd, tau * tau * old.dd, xx, old.gg, xd, cross, old.rho)
+        parts = (tau * (xd - old.gd), tau * tau * old.dhd, tau * tau * dd, xx, old.gg, xd, cross, old.rho)
         return Sums(tau, *self._pool(namespace(xx).stack(parts)))
 
-    def _secant(self, old: Scalars, sums: Sums, finite: Array) -> Secant:
-        """What the last step taught."""
+    def _secant(self, old: Scalars, sums: Sums, finite: Array, change: Array) -> Secant:
+        """What the last step taught; *change*: <y, y> of each parameter, or None where it was not worked out."""
         seen = old.step > 0
         usable = seen if self.mode == "reference" else seen & (old.pure == 1)
-        change = self._change(old, sums) if self.precond.learns_from_steps else sums.xx
-        return Secant(sums.tau, sums.ys, sums.shs, change, sums.ss, usable, finite)
+        if not self.precond.learns_from_steps:
+            yy = sums.xx
+        elif change is None:
+            yy = self._bounded_change(old, sums)
+        else:
+            yy = self._pool(namespace(change).where(seen, change, 0.0))
+        return Secant(sums.tau, sums.ys, sums.shs, yy, sums.ss, usable, finite)
 
-    def _change(self, old: Scalars, sums: Sums) -> Array:
-        """<y, y> over the scope, or a bound on it that serves as well: <y, y> costs another pass over memory."""
-        xp = namespace(sums.xx)
-        if self._passes.on_host:
-            bound = (xp.sqrt(sums.xx) + xp.sqrt(sums.gg)) ** 2  # |y| <= |g| + |g'|
-            clear = (sums.ys <= 0) | (sums.ys > DiagonalBFGS.CURVATURE * xp.sqrt(bound * sums.ss))
-            if clear.all():
-                return bound
-        return self._pool(xp.where(old.step > 0, self._passes.difference(), 0.0))
+    def _bounded_change(self, old: Scalars, sums: Sums) -> Array:
+        """A bound on <y, y> over the scope that serves as well, if there is one: <y, y> costs another pass over memory."""
+        bound = (np.sqrt(sums.xx) + np.sqrt(sums.gg)) ** 2  # |y| <= |g| + |g'|
+        clear = (sums.ys <= 0) | (sums.ys > DiagonalBFGS.CURVATURE * np.sqrt(bound * sums.ss))
+        if clear.all():
+            return bound
+        return self._pool(np.where(old.step > 0, self._space.reduce(self._passes.difference()), 0.0))
 
     def _beta(self, old: Scalars, sums: Sums, rho: Array) -> Array:
         xp = namespace(rho)
@@ -445,28 +504,38 @@ class NLCG(Optimizer):
     def _scales(self) -> list[Scale]:
         """For each parameter the factors of the gradient and of the parameter in what the method sees."""
         scales: list[Scale] = []
+        layerwise = self._lars_scales() if any(group["lars"] is not None for group in self._active_groups) else None
         for group, span, indices in zip(self._active_groups, self._spans, self._indices, strict=True):
             factor, sign = group["grad_scale"], -1.0 if group["maximize"] else 1.0
             decay = 0.0 if group["decoupled"] else group["weight_decay"]
-            for p, i in zip(self._active[span], indices, strict=True):
+            for at, i in enumerate(indices, start=span.start):
                 c = float(factor) if isinstance(factor, int | float) else float(factor[i])
-                lars = group["lars"]
-                scale = c if lars is None else c * self._lars_scale(p, sign, decay, lars)
+                scale = c if layerwise is None or group["lars"] is None else c * layerwise[at]
                 scales.append((sign * scale, decay * scale))
         return scales
 
-    def _lars_scale(self, p: Tensor, sign: float, decay: float, coefficient: float) -> Tensor:
-        assert p.grad is not None
-        w = as_real(p).to(state_dtype(p))
-        g = as_real(p.grad).to(w.dtype) * sign + decay * w
-        scale = lars_scale(dot(w, w).sqrt(), dot(g, g).sqrt(), coefficient)
+    def _lars_scales(self) -> Tensor:
+        """The scale of each parameter, [n]; what it is for groups without *lars* does not matter. Collective if sharded."""
+        squares, coefficients = [], []
+        for group, span in zip(self._active_groups, self._spans, strict=True):
+            sign = -1.0 if group["maximize"] else 1.0
+            decay = 0.0 if group["decoupled"] else group["weight_decay"]
+            for p in self._active[span]:
+                assert p.grad is not None
+                w = as_real(self._space.local(p)).to(state_dtype(p))
+                g = as_real(self._space.local(p.grad)).to(w.dtype) * sign + decay * w
+                squares.append(torch.stack([dot(w, w), dot(g, g)]))
+                coefficients.append(1.0 if group["lars"] is None else group["lars"])
+        weights, gradients = self._space.reduce(torch.stack(squares, 1))
+        fixed = torch.tensor(coefficients, dtype=weights.dtype).to(weights.device, non_blocking=True)
+        scale = lars_scale(weights.sqrt(), gradients.sqrt(), fixed)
         if self.mode == "reference":
             return scale
-        fixed = torch.full_like(scale, coefficient)
-        return fixed if p.ndim < 2 else torch.where(dot(w, w) > 0, scale, fixed)
+        vector = torch.tensor([p.ndim < 2 for p in self._active]).to(weights.device, non_blocking=True)
+        return torch.where(vector | (weights == 0), fixed, scale)
 
-    def _mean_loss(self, loss: Tensor | float | None) -> Array:
-        """The loss beside the scalars, without dimension; 0 if there is none."""
+    def _loss_value(self, loss: Tensor | float | None) -> Array:
+        """This rank's loss beside the scalars, without dimension; 0 if there is none."""
         if loss is None or (self.line_search is None and not isinstance(loss, Tensor | float | int)):
             return 0.0 if self._passes.on_host else torch.zeros_like(self._table[0, 0])
         like = self._table
@@ -475,7 +544,6 @@ class NLCG(Optimizer):
             value = loss.detach().to(like, non_blocking=True).reshape(())
         else:
             value = torch.full((), float(loss), dtype=like.dtype, device=like.device)
-        value = mean_over_group(value, self.process_group)
         return value.item() if self._passes.on_host else value
 
     def _scalar_table(self) -> Array:
@@ -512,6 +580,15 @@ class NLCG(Optimizer):
         if len(devices) > 1:
             raise RuntimeError(f"NLCG: all parameters must be on one device, got {', '.join(devices)}")
         self._follow(active[0].device)
+        space = self._space = ParamSpace(
+            active,
+            group=self.process_group,
+            sync=self.sync_scalars,
+            slices=self._cut(active[0].device),
+            labels=[i for i, p in enumerate(everything) if p.grad is not None],
+            owner="NLCG",
+        )
+        owned = dict(zip(active, space.owned, strict=True))
         order = {p: i for i, p in enumerate(everything)}
         self._active_groups = [group for group, _ in work]
         self._indices = []
@@ -522,7 +599,7 @@ class NLCG(Optimizer):
             self._spans.append(slice(start, start + len(params)))
             position = {p: i for i, p in enumerate(group["params"])}
             self._indices.append([position[p] for p in params])
-            blocks += self._blocks(group, params)
+            blocks += self._blocks(group, params, owned)
         self._active = active
         self._passes = self._choose_passes(blocks)
         rows = torch.tensor([order[p] for p in active])
@@ -530,16 +607,21 @@ class NLCG(Optimizer):
         if len(active) == len(everything):
             self._rows = slice(None)
 
-    def _blocks(self, group: Group, params: list[Tensor]) -> Iterable[Block]:
-        """Runs of neighbouring *params* with one type; single tensors if each has its own scalars."""
+    def _blocks(self, group: Group, params: list[Tensor], owned: dict[Tensor, bool]) -> Iterable[Block]:
+        """Runs of neighbouring *params* with one type, counted here or not; single tensors if each has its own scalars."""
         foreach = self.foreach if self.foreach is not None else params[0].device.type != "cpu"
+
+        def block(run: list[Tensor]) -> Block:
+            states = [{name: to_local(tensor) for name, tensor in self.state[p].items()} for p in run]
+            return Block(group, run, states, foreach, self._space.local)
+
         run: list[Tensor] = []
         for p in params:
-            if run and (self.scope == "tensor" or p.dtype != run[-1].dtype):
-                yield Block(group, run, [self.state[q] for q in run], foreach)
+            if run and (self.scope == "tensor" or p.dtype != run[-1].dtype or owned[p] != owned[run[-1]]):
+                yield block(run)
                 run = []
             run.append(p)
-        yield Block(group, run, [self.state[q] for q in run], foreach)
+        yield block(run)
 
     def _choose_passes(self, blocks: list[Block]) -> TensorPasses | FusedPasses:
         fits = suits(blocks, self.precond)
@@ -550,18 +632,22 @@ class NLCG(Optimizer):
             )
         if fits and self.fused is not False and not self.foreach:
             return FusedPasses(blocks, self.precond)
-        return TensorPasses(blocks, self.precond)
+        return TensorPasses(blocks, self.precond, sharded=self._space.sharded)
 
     def _follow(self, device: torch.device) -> None:
         """Move the state to where the parameters went since construction."""
         if self._table.device == device:
             return
+        if self._slices is not None or any(is_dtensor(p) for p in self.state):
+            raise RuntimeError(
+                f"NLCG: sharded state cannot follow to {device}: make the optimizer when the model is there"
+            )
         for p, state in self.state.items():
             self.state[p] = {name: tensor.to(p.device) for name, tensor in state.items()}
         self._state_replaced()
 
 
-def lars_scale(weight_norm: Tensor, grad_norm: Tensor, coefficient: float) -> Tensor:
+def lars_scale(weight_norm: Tensor, grad_norm: Tensor, coefficient: float | Tensor) -> Tensor:
     """coefficient |w| / (|g| + 1e-8 + 0.1 coefficient |w|), the layer-wise scale of the authors' code; 0-d or any shape.
 
     :class:`NLCG` takes *coefficient* itself for vectors and for weights that are all zero, which would never move

@@ -6,6 +6,7 @@ A new one subclasses :class:`Preconditioner`; :class:`conjugo.optim.NLCG` takes 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,15 +24,26 @@ __all__ = ["Block", "Coefficients", "DiagonalBFGS", "Identity", "Preconditioner"
 class Block:
     """Parameters that share all scalars of a step: those of one group and type, or a single one.
 
-    The lists run over the parameters of the block. Complex parameters and gradients appear as real views [..., 2].
+    The lists run over the parameters of the block. Complex parameters and gradients appear as real views [..., 2]. Of
+    parameters that are spread over ranks, states and gradients hold this rank's pieces; some of them may be empty.
     """
 
     group: dict[str, Any]
     params: list[Tensor]
     states: list[dict[str, Tensor]]
     foreach: bool
+    local: Callable[[Tensor], Tensor]
+    """This rank's piece of a parameter or of its gradient."""
     gradients: list[Tensor] = field(default_factory=list)
     """As the method sees them (scaled, with weight decay), in the type of the state; all 0 in a step that is skipped."""
+
+    def pieces(self) -> list[Tensor]:
+        """This rank's pieces of the parameters, on their memory."""
+        return [self.local(p) for p in self.params]
+
+    def raw_gradients(self) -> list[Tensor]:
+        """This rank's pieces of the gradients as they were computed."""
+        return [self.local(p.grad) for p in self.params if p.grad is not None]
 
     def state(self, name: str) -> list[Tensor]:
         """The state tensors called *name*, in the order of ``params``."""
