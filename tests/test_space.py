@@ -1,5 +1,7 @@
 """Sums over parameters that lie whole, sharded, replicated or both on several ranks."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,31 +23,29 @@ def vectors(seed):
     return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in SHAPES]
 
 
+mesh_of = functools.cache(functools.partial(init_device_mesh, "cpu"))  # groups are dear to make
+
+
 def laid_out(tensors, layout):
     """The whole *tensors* (equal on all ranks) as a model in *layout* would hold them."""
-    world = dist.get_world_size()
     if layout in ("whole", "slices"):
         return list(tensors)
+    world = dist.get_world_size()
+    cut = functools.partial(distribute_tensor, src_data_rank=None)
     if layout == "hsdp":
-        mesh, first, rest = (
-            init_device_mesh("cpu", (2, world // 2)),
-            [Replicate(), Shard(0)],
-            [Replicate(), Replicate()],
-        )
+        mesh, first, rest = mesh_of((2, world // 2)), [Replicate(), Shard(0)], [Replicate(), Replicate()]
     elif layout == "tensor parallel":
-        mesh, first, rest = init_device_mesh("cpu", (world,)), [Shard(-1)], [Replicate()]
+        mesh, first, rest = mesh_of((world,)), [Shard(-1)], [Replicate()]
     elif layout == "mixed meshes":
-        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+        mesh = mesh_of((world // 2, 2), mesh_dim_names=("data", "tensor"))
         both, one = [Shard(0), Shard(1)], [Shard(0)]
         return [
-            distribute_tensor(t, mesh, both)
-            if t.ndim > 1
-            else distribute_tensor(t, mesh["data"], one if t.ndim else None)
+            cut(t, mesh, both) if t.ndim > 1 else cut(t, mesh["data"], one if t.ndim else [Replicate()])
             for t in tensors
         ]
     else:
-        mesh, first, rest = init_device_mesh("cpu", (world,)), [Shard(0)], [Replicate()]
-    held = [distribute_tensor(t, mesh, first if t.ndim else rest) for t in tensors]
+        mesh, first, rest = mesh_of((world,)), [Shard(0)], [Replicate()]
+    held = [cut(t, mesh, first if t.ndim else rest) for t in tensors]
     return [
         t if layout == "mixed with whole" and i % 2 else d for i, (t, d) in enumerate(zip(tensors, held, strict=True))
     ]

@@ -53,12 +53,13 @@ def run(
     ranks have ended, if one of them failed.
     """
     port = free_port()
+    work = pickle.dumps((function, arguments))  # otherwise all ranks would share the memory of tensors
     pipes: dict[Connection, int] = {}
     processes = []
     for rank in range(world):
         ours, theirs = _context.Pipe(duplex=False)
         process = _context.Process(
-            target=_rank, args=(theirs, rank, world, port, timeout, initialize, function, arguments), daemon=True
+            target=_rank, args=(theirs, rank, world, port, timeout, initialize, work), daemon=True
         )
         process.start()
         theirs.close()
@@ -98,8 +99,7 @@ def _rank(
     port: int,
     timeout: float,
     initialize: bool,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    work: bytes,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -111,6 +111,7 @@ def _rank(
     try:
         if initialize:
             dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+        function, arguments = pickle.loads(work)
         value = function(*arguments)
         if initialize:
             dist.barrier()  # without it gloo may abort at exit

@@ -287,15 +287,17 @@ class NLCG(Optimizer):
     def last(self) -> dict[str, Tensor]:
         """Numbers of the last step, for logging; tensors on the device, so reading one waits for the step.
 
-        ``beta``; ``base_lr`` (the line search's factor); ``rho`` = <g, P g>; ``ys`` = <y, s>; ``shs`` = <s, H s>;
-        ``cosine`` of the angle between the direction and -g; ``skipped`` (bool). 0-d with scope ``"global"``, else one
-        value for each parameter. Empty before the first step.
+        ``beta``; ``base_lr`` (the line search's factor); ``rho`` = <g, P g>; ``cosine`` of the angle between the
+        direction and -g; ``skipped`` (bool); with ``"bfgs"`` also ``ys`` = <y, s> and ``shs`` = <s, H s>. 0-d with scope
+        ``"global"``, else one value for each parameter. Empty before the first step.
         """
         if "rho" not in self._last:
             return {}
         rho, gg, gd, dd = (self._pool(self._last[name]) for name in ("rho", "gg", "gd", "dd"))
-        shown = {name: self._last[name] for name in ("beta", "base_lr", "ys", "shs", "skipped")}
-        shown |= {"rho": rho, "cosine": ratio(-gd, namespace(gg).sqrt(gg * dd))}
+        names = ["beta", "base_lr", "skipped"] + ["ys", "shs"] * self.precond.learns_from_steps
+        shown = {name: self._last[name] for name in names}
+        root = namespace(gg).sqrt
+        shown |= {"rho": rho, "cosine": ratio(-gd, root(gg) * root(dd))}
         values = {n: value if isinstance(value, Tensor) else torch.tensor(value) for n, value in shown.items()}
         if self.scope == "global":
             return {name: value if value.ndim == 0 else value[0] for name, value in values.items()}
@@ -363,7 +365,7 @@ class NLCG(Optimizer):
         move = Move(beta, tau, undo, self._keep(lr))
         gd, dd = passes.move(move if passes.on_host else _nothing_unless(finite, move)).T
         if self._slices is not None:
-            self._slices.gather(self._active)
+            self._slices.gather(p for p in self._active if not is_dtensor(p))
         # Inner products of the new direction d = -z + beta d', z = P x, without a third sum over ranks. H z = x - eps z.
         if space.sharded:
             gd, dd = beta * xd - rho, zz - 2 * beta * zd + beta * beta * old_dd
