@@ -24,7 +24,7 @@ from conjugo._space import to_local
 from conjugo.optim import NLCG
 
 WORLD = 2
-BATCH = 32
+BATCH = 64
 ROUNDS = 12
 
 CASES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -1,4 +1,4 @@
-"""Global batches: every example once per epoch, a sequence that depends on (n, batch, seed) only, exact resume."""
+"""Global batches: every example once per epoch, a sequence that depends on (n, batch, seed) only, exact resume, fair shares."""
 
 import json
 from itertools import chain, islice
@@ -6,7 +6,7 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from conjugo.distributed import GlobalBatchSampler
+from conjugo.distributed import GlobalBatchSampler, micro_batches, share
 
 
 def take(sampler: GlobalBatchSampler, count: int) -> list[list[int]]:
@@ -108,3 +108,83 @@ def test_it_serves_a_data_loader():
     loader = torch.utils.data.DataLoader(data, batch_sampler=GlobalBatchSampler(10, 4, seed=2))
     drawn = [batch.tolist() for (batch,) in islice(loader, 3)]
     assert drawn == take(GlobalBatchSampler(10, 4, seed=2), 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_shares_are_the_batch_in_order_and_differ_by_at_most_one(world):
+    batch = torch.arange(100, 123)
+    shares = [share(batch, rank, world) for rank in range(world)]
+    assert torch.equal(torch.cat(shares), batch)
+    sizes = [len(s) for s in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 23, None])
+def test_all_ranks_get_equally_many_micro_batches_and_every_example_counts_once(world, size):
+    batch = torch.arange(23)
+    counted, counts = [], set()
+    for rank in range(world):
+        parts, weights = micro_batches(batch, rank, world, size=size)
+        counts.add(len(parts))
+        assert len(weights) == len(parts)
+        assert all(1 <= len(part) <= (size or 23) for part in parts)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert all(weight in (0, len(part)) for part, weight in zip(parts, weights))
+        counted += [part for part, weight in zip(parts, weights) if weight]
+    largest = -(-23 // world)
+    assert counts == {-(-largest // (size or largest))}
+    assert torch.equal(torch.cat(counted), batch)
+
+
+def test_a_rank_without_an_example_left_takes_part_with_one_that_does_not_count():
+    parts, weights = micro_batches(torch.arange(8), 2, 3, size=1)
+    assert [part.tolist() for part in parts] == [[6], [7], [7]]
+    assert weights == [1, 1, 0]
+
+
+def test_the_sequence_of_global_batches_does_not_depend_on_the_number_of_workers():
+    n, batch = 29, 9
+    steps = 3 * (n // batch)
+    expected = take(GlobalBatchSampler(n, batch, seed=5), steps)
+
+    def seen(worlds):
+        """Global batches put together from shares; *worlds*: the number of workers in each step."""
+        found: list[list[int]] = []
+        states = [GlobalBatchSampler(n, batch, seed=5).state_dict()]
+        for step, world in enumerate(worlds):
+            if step == 0 or world != worlds[step - 1]:  # the job starts anew from what the last one saved
+                samplers = [GlobalBatchSampler(n, batch, seed=5) for _ in range(world)]
+                for sampler in samplers:
+                    sampler.load_state_dict(json.loads(json.dumps(states[0])))
+            found.append(joined([share(next(s), rank, world).tolist() for rank, s in enumerate(samplers)]))
+            states = [sampler.state_dict() for sampler in samplers]
+            assert all(state == states[0] for state in states)
+        return found
+
+    for world in (1, 2, 3, 4):
+        assert seen([world] * steps) == expected
+    assert seen([2] * 4 + [4] * 3 + [3] * 2) == expected  # 3 steps are an epoch: both changes are in the middle of one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, 2, 2), "rank must be in \\[0, 1\\] \\(world = 2\\), got 2"),
+        ((10, -1, 2), "rank must be in \\[0, 1\\].*got -1"),
+        ((10, 0, 0), "world must be >= 1, got 0"),
+        ((3, 0, 4), "size of the batch must be >= 4, the number of ranks, got 3"),
+    ],
+)
+def test_bad_shares(arguments, message):
+    n, rank, world = arguments
+    with pytest.raises(ValueError, match=message):
+        share(torch.arange(n), rank, world)
+    with pytest.raises(ValueError, match=message):
+        micro_batches(torch.arange(n), rank, world)
+
+
+def test_bad_size_of_micro_batches():
+    with pytest.raises(ValueError, match="size must be >= 1 or None, got 0"):
+        micro_batches(torch.arange(4), 0, 2, size=0)

@@ -1,8 +1,10 @@
-"""What many workers share, beginning with the data: which examples make up which global batch.
+"""Many workers, on torch.distributed: the data they share, the sums they agree on, how they start, fail and resume.
 
-``GlobalBatchSampler`` draws the batches of a whole training run, however many workers share each of them.
+``GlobalBatchSampler`` draws the batches of a whole training run, however many workers share each of them; ``share`` and
+``micro_batches`` are a worker's part of one. ``ParamSpace`` adds up over parameters wherever they lie.
 """
 
-from conjugo.distributed.sampler import GlobalBatchSampler
+from conjugo._space import ParamSpace
+from conjugo.distributed.sampler import GlobalBatchSampler, micro_batches, share
 
-__all__ = ["GlobalBatchSampler"]
+__all__ = ["GlobalBatchSampler", "ParamSpace", "micro_batches", "share"]

@@ -1,4 +1,4 @@
-"""Global batches: the sequence of examples that training sees, the same for any number of workers."""
+"""Global batches: the sequence of examples that training sees, the same for any number of workers, and how they share it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conjugo.errors import check
 
-__all__ = ["GlobalBatchSampler"]
+__all__ = ["GlobalBatchSampler", "micro_batches", "share"]
 
 
 class GlobalBatchSampler:
@@ -95,3 +95,45 @@ class GlobalBatchSampler:
         self.epoch = state_dict["epoch"]
         self.consumed = state_dict["consumed"]
         self._order = self._permutation()
+
+
+def share(batch: Tensor, rank: int, world: int) -> Tensor:
+    """The part of a global batch that rank *rank* of *world* works on: a view of consecutive entries.
+
+    batch: [B, ...], indices or the examples themselves. The parts of all ranks, one after the other, are the batch; their
+    sizes differ by at most one, and the first ranks have the larger ones. Raises ValueError for a rank outside
+    [0, *world* - 1] and for a batch smaller than *world*.
+
+    >>> [share(torch.arange(8), rank, 3).tolist() for rank in range(3)]
+    [[0, 1, 2], [3, 4, 5], [6, 7]]
+    """
+    check(world >= 1, "share", "world", world, ">= 1")
+    check(0 <= rank < world, "share", "rank", rank, f"in [0, {world - 1}] (world = {world})")
+    check(len(batch) >= world, "share", "the size of the batch", len(batch), f">= {world}, the number of ranks")
+    return torch.tensor_split(batch, world)[rank]
+
+
+def micro_batches(batch: Tensor, rank: int, world: int, *, size: int | None = None) -> tuple[list[Tensor], list[int]]:
+    """The share of rank *rank* of *world* in a global batch, cut into as many micro-batches as those of all other ranks.
+
+    Ranks that run a model together have to run it equally often: K = ceil(largest share / size) times.
+
+    batch: [B, ...]. size: most examples that a rank can take at once; None: its whole share. Gives K parts, views of *batch*
+    whose sizes differ by at most one, and the number of examples by which each counts. That is its size, except where
+    *size* = 1 leaves a smaller share without an example for the last part: this is then the last example again and counts 0.
+    Raises ValueError as :func:`share` does, and for *size* < 1.
+
+    >>> batch = torch.arange(10)
+    >>> [[part.tolist() for part in micro_batches(batch, rank, 2, size=2)[0]] for rank in range(2)]
+    [[[0, 1], [2, 3], [4]], [[5, 6], [7, 8], [9]]]
+    >>> micro_batches(torch.arange(3), 1, 2, size=1)
+    ([tensor([2]), tensor([2])], [1, 0])
+    """
+    own = share(batch, rank, world)
+    check(size is None or size >= 1, "micro_batches", "size", size, ">= 1 or None")
+    largest = -(-len(batch) // world)
+    count = 1 if size is None else -(-largest // size)
+    if len(own) < count:
+        return [*torch.split(own, 1), own[-1:]], [1] * len(own) + [0]
+    parts = list(torch.tensor_split(own, count))
+    return parts, [len(part) for part in parts]
