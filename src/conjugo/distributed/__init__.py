@@ -1,10 +1,24 @@
 """Many workers, on torch.distributed: the data they share, the sums they agree on, how they start, fail and resume.
 
-``GlobalBatchSampler`` draws the batches of a whole training run, however many workers share each of them; ``share`` and
-``micro_batches`` are a worker's part of one. ``ParamSpace`` adds up over parameters wherever they lie.
+``init`` joins the process group and ``shutdown`` leaves it. ``GlobalBatchSampler`` draws the batches of a whole training run,
+however many workers share each of them; ``share`` and ``micro_batches`` are a worker's part of one. ``ParamSpace`` adds up
+over parameters wherever they lie.
 """
 
 from conjugo._space import ParamSpace
+from conjugo.distributed.environment import Env, init, rank, reported_errors, shutdown, where, world_size
 from conjugo.distributed.sampler import GlobalBatchSampler, micro_batches, share
 
-__all__ = ["GlobalBatchSampler", "ParamSpace", "micro_batches", "share"]
+__all__ = [
+    "Env",
+    "GlobalBatchSampler",
+    "ParamSpace",
+    "init",
+    "micro_batches",
+    "rank",
+    "reported_errors",
+    "share",
+    "shutdown",
+    "where",
+    "world_size",
+]
