@@ -28,7 +28,7 @@ def source(batch: int, augment: Augment) -> Callable[[], object]:
     data = cifar_shaped().train
     feed = Feed(data, augment, random=True, device=torch.device("cpu"), channels_last=True)
     sampler = GlobalBatchSampler(len(data), batch, drop_last=True)
-    return lambda: feed.take(next(sampler))
+    return lambda: feed.take(feed.draw(next(sampler)))
 
 
 def loop(images: Tensor, augment: Augment) -> Tensor:

@@ -48,7 +48,7 @@ def bare_loop(config: TrainConfig) -> Callable[[], None]:
         nonlocal order, place
         if place + batch > n:
             order, place = torch.randperm(n), 0
-        inputs, targets = feed.take(order[place : place + batch])
+        inputs, targets = feed.take(feed.draw(order[place : place + batch]))
         place += batch
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=twin.bfloat16):
@@ -75,7 +75,7 @@ def measure(config: TrainConfig, steps: int) -> dict[str, list[float]]:
     cases = {
         "trainer": trainer.train_step,
         "bare": bare_loop(config),
-        "input": lambda: trainer.train_data.take(next(trainer.sampler)),
+        "input": lambda: trainer.train_data.take(trainer.train_data.draw(next(trainer.sampler))),
     }
     return interleave({name: partial(repeat, case, steps) for name, case in cases.items()}, rounds=ROUNDS)
 

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.training.small_data import images, table
 from tests.training.test_trainer import equal, weights, with_nan
 
+from conjugo.distributed import Checkpointer, export_step
 from conjugo.errors import CorruptFile, TrainingDiverged
 from conjugo.training import TrainConfig, Trainer, train
 from conjugo.training.metrics import read_metrics
@@ -77,13 +79,13 @@ def test_after_ctrl_c_the_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_dropout_goes_on_where_it_was():
+def test_dropout_goes_on_where_it_was(tmp_path):
     first = Trainer(TABLE, table())
     first.train_step()
-    state = first.state_dict()
+    assert Checkpointer(tmp_path).save(1, **first.parts())
     expected = torch.rand(5)
     second = Trainer(TABLE, table())
-    second.load_state_dict(state)
+    assert Checkpointer(tmp_path).load_latest(**second.parts()) == 1
     assert torch.equal(torch.rand(5), expected)
 
 
@@ -92,7 +94,7 @@ def test_ctrl_c_writes_a_checkpoint_of_that_step_and_is_handed_on(tmp_path, monk
     interrupt_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         train(replace(TABLE, checkpoints=0), data=table(), out=tmp_path / "run")
-    assert [path.name[:13] for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000007"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000007"]
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -127,7 +129,7 @@ def test_after_kill_9_the_run_goes_on_bit_for_bit(tmp_path):
     code = KILLED.format(config=config.to_dict())
     with subprocess.Popen([sys.executable, "-c", code, str(out)], stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
-        while len(list(out.glob("checkpoints/step-*.pt"))) < 2 and time.monotonic() < deadline:
+        while len(list(out.glob("checkpoints/step-*"))) < 2 and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read().decode()
             time.sleep(0.01)
         process.kill()
@@ -146,9 +148,9 @@ def test_a_damaged_newest_checkpoint_costs_only_time(tmp_path, monkeypatch):
         interrupt_after(patch, 20)
         with pytest.raises(KeyboardInterrupt):
             train(TABLE, data=data, out=out)
-    newest = max((out / "checkpoints").iterdir())
+    newest = max((out / "checkpoints").iterdir()) / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="is damaged.*going back to step-00000018"):
+    with pytest.warns(UserWarning, match="damaged.*going back to step 18"):
         assert_same(train(TABLE, data=data, out=out, resume=True), expected)
     records = read_metrics(out / "metrics.jsonl")
     assert [record["step"] for record in records] == [5, 10, 15, 20, 25, 30]
@@ -160,7 +162,7 @@ def test_no_readable_checkpoint_is_an_error(tmp_path, monkeypatch):
         interrupt_after(patch, 20)
         with pytest.raises(KeyboardInterrupt):
             train(TABLE, data=table(), out=out)
-    for path in (out / "checkpoints").iterdir():
+    for path in (out / "checkpoints").glob("*/.metadata"):
         path.write_bytes(b"junk")
     with pytest.raises(CorruptFile, match="no checkpoint can be read"):
         train(TABLE, data=table(), out=out, resume=True)
@@ -219,22 +221,28 @@ def test_what_the_run_directory_holds(tmp_path):
     saved = json.loads((out / "result.json").read_text())
     assert saved["accuracy"] == result.accuracy
     assert "model" not in saved
-    assert [path.name[:13] for path in sorted((out / "checkpoints").iterdir())] == ["step-00000024", "step-00000030"]
-    state = torch.load(max((out / "checkpoints").iterdir()), weights_only=True)
-    assert equal(state["model"].values(), weights(result.model))
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000024", "step-00000030"]
+    export_step(out / "checkpoints", tmp_path / "weights.safetensors")
+    saved = load_file(tmp_path / "weights.safetensors")
+    assert equal((saved[name] for name, _ in result.model.named_parameters()), weights(result.model))
 
 
 def test_a_full_disk_stops_no_training(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    fsync, calls = os.fsync, []
+    fsync, train_step, step = os.fsync, Trainer.train_step, 0
 
     def full_for_a_while(descriptor):
-        calls.append(descriptor)
-        if 12 < len(calls) < 17:  # two checkpoints and two evaluations
+        if 11 < step < 21:  # two checkpoints and two evaluations
             raise OSError("No space left on device")
         fsync(descriptor)
 
+    def counting(self):
+        nonlocal step
+        step += 1
+        train_step(self)
+
     monkeypatch.setattr(os, "fsync", full_for_a_while)
+    monkeypatch.setattr(Trainer, "train_step", counting)
     with pytest.warns(UserWarning, match="could (not )?be written") as caught:
         result = train(TABLE, data=table(), out=out)
     monkeypatch.undo()

@@ -239,7 +239,7 @@ def guarded(optimizer: str, *, on_gpu: bool = False, **options) -> tuple[nn.Modu
     built = build(optimizer, model.parameters(), lr=0.1)
     guard = Guard(built, model, needs_loss=False, **{"max_skipped": 5, "clip_norm": None, **options})
     if on_gpu:
-        guard._window = 5
+        guard.window = 5
         guard._takes_found_inf = all(group.get("fused") for group in built.param_groups)
     return model, guard
 
@@ -308,7 +308,7 @@ class CountReads(TorchDispatchMode):
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_on_a_gpu_no_step_waits_for_the_device(optimizer):
     trainer = Trainer(replace(PLAIN, optimizer=optimizer, ema=0.9, micro_batch=16), table())
-    trainer.guard._window = 10
+    trainer.guard.window = 10
     trainer.guard._takes_found_inf = True
     trainer.train_step()
     with CountReads() as counter:
@@ -325,7 +325,7 @@ def test_on_a_gpu_no_step_waits_for_the_device(optimizer):
 
 def test_bfloat16_is_only_for_the_forward_pass():
     trainer = Trainer(replace(PLAIN, model="cnn", precision="bfloat16"), images())
-    inputs, _ = trainer.train_data.take(torch.arange(8))
+    inputs, _ = trainer.train_data.take(trainer.train_data.draw(torch.arange(8)))
     with torch.no_grad():
         rounded = trainer.logits(inputs)
         trainer.bfloat16 = False
@@ -347,7 +347,7 @@ def test_auto_takes_bfloat16_and_channels_last_where_they_pay(monkeypatch, units
     convolutional, perceptron = Trainer(replace(PLAIN, model="cnn"), images()), Trainer(PLAIN, table())
     assert (convolutional.bfloat16, perceptron.bfloat16) == (units, False)
     assert (convolutional.channels_last, perceptron.channels_last) == (True, False)
-    inputs, _ = convolutional.train_data.take(torch.arange(4))
+    inputs, _ = convolutional.train_data.take(convolutional.train_data.draw(torch.arange(4)))
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     kernel = convolutional.model.features[3].weight
     assert kernel.is_contiguous(memory_format=torch.channels_last)

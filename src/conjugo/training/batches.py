@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from conjugo.distributed import micro_batches
 from conjugo.training.data import Augment, Split
 
 __all__ = ["Feed"]
@@ -50,17 +51,36 @@ class Feed:
     def __len__(self) -> int:
         return len(self._targets)
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs float32 [B, ...] and targets int64 [B] of the examples *indices* (int64 [B], on any device)."""
+    def draw(self, indices: Tensor) -> Tensor:
+        """What is to be done to each of the examples *indices* (int64 [B], on any device), for :meth:`take`: [B, ...].
+
+        The random numbers of the augmentation are drawn here, for a whole batch at once: each example gets the same ones
+        whoever takes it, and with however many others.
+        """
         indices = indices.to(self._targets.device, non_blocking=True)
-        return self._finish(self._inputs.index_select(0, indices)), self._targets.index_select(0, indices)
+        if self._augment is None or not self._random:
+            return indices[:, None]
+        size = self._inputs.shape[2:]
+        chances = self._augment.draw(len(indices), size, device=indices.device, generator=self.generator)
+        return torch.cat([indices[:, None], chances], 1)
 
-    def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All examples, *batch* at a time."""
-        for inputs, targets in zip(torch.split(self._inputs, batch), torch.split(self._targets, batch)):
-            yield self._finish(inputs), targets
+    def take(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs float32 [b, ...] and targets int64 [b] of *drawn*: rows of what :meth:`draw` gave."""
+        indices = drawn[:, 0]
+        return self._finish(self._inputs.index_select(0, indices), drawn[:, 1:]), self._targets.index_select(0, indices)
 
-    def _finish(self, inputs: Tensor) -> Tensor:
+    def in_order(self, batch: int, *, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """The examples of one of *world* ranks, at most *batch* at a time: inputs, targets, and how many of them count.
+
+        Together the ranks go through all examples. All ranks get equally many parts; see
+        :func:`~conjugo.distributed.micro_batches`.
+        """
+        inputs, counts = micro_batches(self._inputs, rank, world, size=batch)
+        targets, _ = micro_batches(self._targets, rank, world, size=batch)
+        for part, wanted, count in zip(inputs, targets, counts):
+            yield self._finish(part), wanted, count
+
+    def _finish(self, inputs: Tensor, chances: Tensor | None = None) -> Tensor:
         if self._augment is not None:
-            inputs = self._augment(inputs, train=self._random, generator=self.generator)
+            inputs = self._augment(inputs, train=self._random and chances is not None, chances=chances)
         return inputs.contiguous(memory_format=self._layout)

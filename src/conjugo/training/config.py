@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from conjugo.errors import check, unknown
+from conjugo.optim import NLCG
 from conjugo.training import models, optimizers
 
-__all__ = ["Precision", "Schedule", "TrainConfig", "TrainResult", "finite"]
+__all__ = ["Parallel", "Precision", "Schedule", "TrainConfig", "TrainResult", "finite"]
 
 Schedule = Literal["polynomial", "cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Parallel = Literal["ddp", "fsdp", "hsdp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,9 @@ class TrainConfig:
         lr: Highest learning rate; None: the usual one of the optimizer.
         weight_decay: Coefficient of the weight decay, in the way of the optimizer.
         optimizer_options: Other options of the optimizer, by name.
-        batch_size: Examples per step, or full for all of the training data.
-        micro_batch: Examples sent through the model at once; the gradients of a batch are added up, each example with
-            equal weight. None: the whole batch.
+        batch_size: Examples per step, over all workers, or full for all of the training data.
+        micro_batch: Most examples that a worker sends through the model at once; the gradients of a batch are added up,
+            each example with equal weight. None: all of the worker's share.
         epochs: Times that the training data is gone through, rounded to whole steps.
         steps: Steps, instead of epochs.
         schedule: polynomial: warm-up with power 1/2, drops to 1/10 and 1/100 at 51 % and 76.5 % of the steps (Adya,
@@ -53,12 +55,21 @@ class TrainConfig:
         evaluations: Number of evaluations, evenly spaced, the last at the end.
         checkpoints: Number of checkpoints, evenly spaced, the last at the end; 0: only where the run is interrupted.
         keep: Newest checkpoints that are kept.
+        asynchronous: Write checkpoints while training goes on.
         max_skipped: Training stops after so many steps in a row whose loss or gradient is not finite.
         clip_norm: Upper limit of the gradient's norm; None: no limit.
         seed: Decides weights, batches and augmentation.
         device: auto: a GPU if there is one; or cpu, cuda, cuda:1, ...
         threads: CPU threads of torch; None: as they are.
         tensorboard: Write a TensorBoard log too (extra tensorboard).
+        parallel: How several workers share the model: ddp: each has all of it; fsdp: parameters, gradients and the
+            optimizer's state are cut into shards, one per worker; hsdp: shards within groups of workers, whole copies
+            over the groups.
+        shard_workers: Workers of one such group; None: those on one host.
+        shard_state: Under ddp, cut the state of NLCG into shards, one per worker.
+        sync_batch_norm: Batch norm over the examples of all workers, not of each micro-batch alone.
+        replica_check: Steps between two comparisons of the parameters over the workers that have the same ones, which
+            finds damage by faulty hardware; 0: none.
 
     Raises UnknownName for a name that does not exist and ValueError for a value out of its range.
     """
@@ -88,28 +99,35 @@ class TrainConfig:
     evaluations: int = 10
     checkpoints: int = 10
     keep: int = 2
+    asynchronous: bool = False
     max_skipped: int = 10
     clip_norm: float | None = None
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
     tensorboard: bool = False
+    parallel: Parallel = "ddp"
+    shard_workers: int | None = None
+    shard_state: bool = False
+    sync_batch_norm: bool = False
+    replica_check: int = 0
 
     def __post_init__(self) -> None:
         if self.model is not None and self.model not in models.names():
             unknown("model", self.model, models.names())
-        optimizers.entry(self.optimizer)
-        for name, accepted in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
+        factory = optimizers.entry(self.optimizer).factory
+        choices = (("schedule", Schedule), ("precision", Precision), ("parallel", Parallel))
+        for name, accepted in ((name, get_args(choice)) for name, choice in choices):
             if getattr(self, name) not in accepted:
                 unknown(name, getattr(self, name), accepted)
         if self.batch_size != "full":
             self._check_count("batch_size", "an integer >= 1 or 'full'")
         for name in ("evaluations", "keep", "max_skipped"):
             self._check_count(name, "an integer >= 1")
-        for name in ("micro_batch", "steps", "threads", "image_size"):
+        for name in ("micro_batch", "steps", "threads", "image_size", "shard_workers"):
             if getattr(self, name) is not None:
                 self._check_count(name, "an integer >= 1 or None")
-        for name in ("checkpoints", "seed"):
+        for name in ("checkpoints", "seed", "replica_check"):
             self._check_count(name, "an integer >= 0", least=0)
         self._check("lr", self.lr is None or 0 <= self.lr < math.inf, "in [0, inf) or None")
         self._check("weight_decay", 0 <= self.weight_decay < math.inf, "in [0, inf)")
@@ -118,6 +136,9 @@ class TrainConfig:
         self._check("ema", self.ema is None or 0 <= self.ema < 1, "in [0, 1) or None")
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         self._check("clip_norm", self.clip_norm is None or 0 < self.clip_norm < math.inf, "in (0, inf) or None")
+        hsdp, sliced = self.parallel == "hsdp", factory is NLCG and self.parallel == "ddp"
+        self._check("shard_workers", self.shard_workers is None or hsdp, "None unless parallel is 'hsdp'")
+        self._check("shard_state", not self.shard_state or sliced, "False unless the optimizer is NLCG, under 'ddp'")
 
     def _check(self, name: str, condition: bool, accepted: str) -> None:
         check(condition, "TrainConfig", name, getattr(self, name), accepted)
@@ -151,8 +172,9 @@ class TrainResult:
     since the last evaluation but one, with augmentation and label smoothing. loss, accuracy (fraction): on the test
     split, at the end, with the averaged weights if there are any. Losses are None where they are not finite. curve:
     (step, accuracy) of every evaluation. diverged: stopped after too many skipped steps. seconds: spent in training
-    steps, not in evaluations and checkpoints; images_per_second: samples over seconds. parameters: their number.
-    model: on the training device, with its own weights (not their average).
+    steps, not in evaluations and checkpoints; images_per_second: samples over seconds, of all workers together.
+    parameters: their number. model: on the training device, with its own weights (not their average); with fsdp and hsdp
+    they are DTensors. All else is the same on all workers.
     """
 
     steps: int

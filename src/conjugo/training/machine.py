@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from conjugo._version import __version__
 from conjugo.errors import check
 from conjugo.training.config import TrainConfig
 
-__all__ = ["Clock", "choose_device", "environment", "held_interrupt", "isolated", "pays_bfloat16"]
+__all__ = ["Clock", "choose_device", "environment", "held_signals", "interrupt", "isolated", "pays_bfloat16"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,27 +117,35 @@ class Clock:
 
 
 @contextmanager
-def held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the function that is given return True; the second one interrupts at once.
+def held_signals() -> Iterator[Callable[[], int]]:
+    """Inside, the first Ctrl-C or SIGTERM is only noted: the function that is given returns its number, before that 0.
 
-    In other threads than the main one, where Python delivers no signals, nothing is held.
+    A second one interrupts at once. In other threads than the main one, where Python delivers no signals, nothing is held.
     """
-    asked = False
+    asked = 0
 
     def note(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
-        asked = True
+            interrupt(signum)
+        asked = signum
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    previous = signal.signal(signal.SIGINT, note)
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def interrupt(signum: int) -> NoReturn:
+    """End as the signal wants it: KeyboardInterrupt for Ctrl-C, else SystemExit with a shell's exit code, 128 + *signum*."""
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + signum)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

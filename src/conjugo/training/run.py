@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from conjugo._files import write_aside
+from conjugo.distributed import Checkpointer
 from conjugo.errors import CorruptFile
-from conjugo.training.checkpoint import Checkpoints
 from conjugo.training.config import TrainConfig, TrainResult
 from conjugo.training.machine import choose_device, environment
 from conjugo.training.metrics import JsonLines, Record, Sink, TensorBoard
+from conjugo.training.workers import Workers
 
 __all__ = ["RunDirectory"]
 
-_MAY_DIFFER = ("data_root", "download", "keep", "tensorboard")
-"""Settings that a resumed run may have otherwise: they change no number."""
+_MAY_DIFFER = (
+    *("data_root", "download", "keep", "asynchronous", "tensorboard"),
+    *("micro_batch", "parallel", "shard_workers", "shard_state", "replica_check"),
+)
+"""Settings that a resumed run may have otherwise: they change no number, or only its last digits."""
 
 
 class RunDirectory:
@@ -27,11 +31,12 @@ class RunDirectory:
     - ``config.json``: the configuration, as :meth:`TrainConfig.from_dict` reads it;
     - ``environment.json``: versions, machine, command and git state when the run was last started;
     - ``metrics.jsonl``: one line per evaluation (:data:`conjugo.training.metrics.Record`);
-    - ``checkpoints/``: the newest ones (:class:`conjugo.training.checkpoint.Checkpoints`);
+    - ``checkpoints/``: the newest ones (:class:`~conjugo.distributed.Checkpointer`);
     - ``result.json``: a :class:`TrainResult` without the model, when the run has ended;
     - ``tensorboard/``, if wanted.
 
-    Every file is whole at any moment: written aside, synced, renamed.
+    Every file is whole at any moment: written aside, synced, renamed. Of several workers, which must all see the folder, rank
+    0 writes everything but the checkpoints. All methods but :meth:`record` are collective, and so is the constructor.
 
     Raises FileExistsError if there is a run and *resume* is not set, ValueError if the run there has another
     configuration (the message names the differences), CorruptFile if its configuration cannot be read.
@@ -40,15 +45,18 @@ class RunDirectory:
     def __init__(self, folder: Path, config: TrainConfig, *, resume: bool) -> None:
         self.folder = folder
         self._config_path = folder / "config.json"
-        self._wants_tensorboard = config.tensorboard
+        self._workers = Workers()
+        self._sinks: list[Sink] = []
+        self._workers.on_first(lambda: self._open(config, resume))
+        self.checkpoints = Checkpointer(folder / "checkpoints", keep=config.keep, asynchronous=config.asynchronous)
+
+    def _open(self, config: TrainConfig, resume: bool) -> None:
         if self._config_path.exists():
             self._check_resumable(config, resume)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
-        self.checkpoints.clean()
-        self._write("environment.json", environment(choose_device(config.device)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = environment(choose_device(config.device))
+        self._write("environment.json", {**found, "workers": self._workers.size})
         self._write("config.json", config.to_dict())
-        self._sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl")]
 
     def _check_resumable(self, config: TrainConfig, resume: bool) -> None:
         if not resume:
@@ -66,14 +74,19 @@ class RunDirectory:
         if differences:
             raise ValueError(f"{self.folder} was started with another configuration: {'; '.join(differences)}")
 
-    def restore(self) -> dict[str, Any] | None:
-        """The state to go on from; None at the beginning of a run. What was recorded after it is forgotten."""
-        state = self.checkpoints.load()
-        history: list[Record] = [] if state is None else state["history"]
-        if self._wants_tensorboard:
-            self._sinks.append(TensorBoard(self.folder / "tensorboard", after=0 if state is None else state["step"]))
+    def restore(self, parts: Mapping[str, Any]) -> bool:
+        """Load the newest good checkpoint into *parts*; False, and nothing changes, at the beginning of a run."""
+        return self.checkpoints.load_latest(**parts) is not None
+
+    def show(self, config: TrainConfig, history: Sequence[Record]) -> None:
+        """Begin to write metrics: first the records of the run so far; what was recorded after them is forgotten."""
+        self._workers.on_first(lambda: self._open_sinks(config, history))
+
+    def _open_sinks(self, config: TrainConfig, history: Sequence[Record]) -> None:
+        self._sinks = [JsonLines(self.folder / "metrics.jsonl")]
         self._sinks[0].write(history)
-        return state
+        if config.tensorboard:
+            self._sinks.append(TensorBoard(self.folder / "tensorboard", after=history[-1]["step"] if history else 0))
 
     def record(self, history: Sequence[Record]) -> None:
         """Write down the last of all records of the run."""
@@ -81,8 +94,9 @@ class RunDirectory:
             sink.write(history)
 
     def finish(self, result: TrainResult) -> None:
-        """Write down the result."""
-        self._write("result.json", result.to_dict())
+        """Write down the result, when the last checkpoint is there."""
+        self.checkpoints.wait()
+        self._workers.on_first(lambda: self._write("result.json", result.to_dict()))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         write_aside(self.folder / name, json.dumps(content, indent=1) + "\n")

@@ -1,24 +1,26 @@
 """The training loop.
 
 Read `Trainer.train_step` first: it is what happens in a step. `Trainer.fit` is the loop around it, `train` the function
-that users call. What they rely on is next door: `batches` (data to device), `guard` (steps that are not finite),
-`run` and `checkpoint` (what is written), `metrics` (what is shown).
+that users call. What they rely on is next door: `batches` (data to device), `guard` (steps that are not finite), `workers` (how
+several share the work), `run` (what is written), `metrics` (what is shown).
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from conjugo.distributed import GlobalBatchSampler
+from conjugo.distributed import GlobalBatchSampler, PerRank, RandomState, micro_batches
 from conjugo.errors import TrainingDiverged, check
 from conjugo.optim import WeightEMA
 from conjugo.optim.schedules import ScheduleLR, WarmupCosine, WarmupPolynomial
@@ -28,13 +30,19 @@ from conjugo.training.batch_norm import RunningStatistics
 from conjugo.training.batches import Feed
 from conjugo.training.config import TrainConfig, TrainResult, finite
 from conjugo.training.guard import Guard
-from conjugo.training.machine import Clock, choose_device, held_interrupt, isolated, pays_bfloat16
+from conjugo.training.machine import Clock, choose_device, held_signals, interrupt, isolated, pays_bfloat16
 from conjugo.training.metrics import Display, Record
 from conjugo.training.run import RunDirectory
+from conjugo.training.workers import Workers, spread
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
 
 _EVALUATION_BATCH = 500
+try:
+    from conjugo.distributed import average_statistics, sync_batch_norm
+except ImportError:
+    average_statistics = lambda m: None
+    sync_batch_norm = lambda m: m
 
 
 def train(
@@ -48,6 +56,11 @@ def train(
 ) -> TrainResult:
     """Train a model as *config* says and evaluate it.
 
+    Where torch.distributed is initialised (:func:`conjugo.distributed.init`), this is collective: all workers train one model,
+    on their shares of each batch, and get the same result. The batches and their augmentation do not depend on how many there
+    are. A number of workers that has changed on *resume* changes results only by rounding, but for the random numbers that
+    layers such as dropout draw.
+
     out: the run directory (see :class:`~conjugo.training.run.RunDirectory`); None writes nothing. data: instead of the
     data set that *config* names. resume: go on from the newest good checkpoint in *out*, or begin if there is none; the
     result is the one of the uninterrupted run, bit for bit on a CPU. progress: show a bar; None: if standard error is a
@@ -57,7 +70,8 @@ def train(
 
     Raises ValueError for a batch larger than the data or a run that was started with another configuration,
     FileExistsError if *out* holds a run already, CorruptFile if no checkpoint of it can be read, TrainingDiverged after
-    ``config.max_skipped`` steps in a row without a finite loss and gradient, and KeyboardInterrupt at Ctrl-C, when a
+    ``config.max_skipped`` steps in a row without a finite loss and gradient, and KeyboardInterrupt at Ctrl-C (SystemExit(143)
+    at SIGTERM), on all workers if one of them is interrupted, when a
     checkpoint is written.
 
     >>> result = train(TrainConfig(data="digits", optimizer="nlcg", lr=0.3, epochs=3))
@@ -76,7 +90,8 @@ def train(
 class Trainer:
     """One training run: the model, its data, its optimizer, and how far they have come.
 
-    Raises ValueError if the batch is larger than the data.
+    Of several workers each makes one, together. Raises ValueError if the batch is larger than the data, or smaller than the
+    number of workers.
     """
 
     def __init__(self, config: TrainConfig, data: datasets.Dataset) -> None:
@@ -84,6 +99,10 @@ class Trainer:
         batch_size = n if config.batch_size == "full" else config.batch_size
         accepted = f"at most {n}, the number of training examples of {data.name!r}, or 'full'"
         check(batch_size <= n, "TrainConfig", "batch_size", batch_size, accepted)
+        self.workers = Workers()
+        accepted = f"at least {self.workers.size}, the number of workers"
+        check(batch_size >= self.workers.size, "TrainConfig", "batch_size", batch_size, accepted)
+        check(len(data.test) >= self.workers.size, "train", "the number of test examples", len(data.test), accepted)
         self.config = config
         self.batch_size = batch_size
         self.steps = config.steps or max(1, round(config.epochs * n / batch_size))
@@ -109,6 +128,10 @@ class Trainer:
         self.statistics = RunningStatistics(self.model)
 
         self.step = 0
+        self._interrupted: Callable[[], int] = _never
+        self._signals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.workers.size > 1:
+            self._seed_worker()
         self.clock = Clock(self.device)
         self.loss_sum = torch.zeros((), device=self.device)  # over the steps since the last evaluation
         self.loss_steps = 0
@@ -125,7 +148,17 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         wanted = {"float32": False, "bfloat16": True, "auto": convolutional and pays_bfloat16(self.device)}
         self.bfloat16 = wanted[config.precision]
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        if config.sync_batch_norm:
+            self.model = sync_batch_norm(self.model)
+        self.spread = spread(
+            self.model,
+            config.parallel,
+            workers=self.workers,
+            device=self.device,
+            shard_workers=config.shard_workers,
+            bfloat16=self.bfloat16,
+        )
+        self.forward = torch.compile(self.spread.forward) if config.compile else self.spread.forward
 
     def _feed(self, split: datasets.Split, augment: datasets.Augment | None, *, random: bool) -> Feed:
         return Feed(
@@ -141,18 +174,21 @@ class Trainer:
 
     def train_step(self) -> None:
         """Draw a batch, sum the gradients of its micro-batches, and take one step of the optimizer."""
-        indices = next(self.sampler)
-        parts = torch.split(indices, self.config.micro_batch or self.batch_size)
+        workers, batch = self.workers, self.train_data.draw(next(self.sampler))
+        parts, counts = micro_batches(batch, workers.rank, workers.size, size=self.config.micro_batch)
         self.optimizer.zero_grad()
         losses: list[Tensor] = []
         with self.statistics.following(self.step, updates=len(parts)):
-            for part in parts:
-                loss = self.loss(*self.train_data.take(part))
-                if len(parts) > 1:
-                    loss = loss * (len(part) / len(indices))
-                loss.backward()  # type: ignore[no-untyped-call]
+            for k, (part, count) in enumerate(zip(parts, counts), start=1):
+                with self.spread.part(last=k == len(parts)):
+                    loss = self.loss(*self.train_data.take(part))
+                    # Gradients are averaged over the workers: so every example of the batch has the same weight.
+                    weight = workers.size * count / len(batch)
+                    if weight != 1:
+                        loss = loss * weight
+                    loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
-        batch_loss = sum(losses[1:], losses[0])
+        batch_loss = self._of_all_workers(sum(losses[1:], losses[0]))
         self.step += 1
         self.loss_sum += batch_loss
         self.loss_steps += 1
@@ -160,6 +196,25 @@ class Trainer:
         self.schedule.step()
         if self.ema is not None:
             self.ema.update()
+
+    def _of_all_workers(self, loss: Tensor) -> Tensor:
+        """Collective: the mean of *loss* over the workers. Whether one of them is asked to stop travels with it."""
+        if self.workers.size == 1:
+            return loss
+        asked = self._interrupted()
+        told = torch.tensor([asked == signal.SIGINT, asked == signal.SIGTERM]).to(self._signals, non_blocking=True)
+        shared = self.workers.sum(torch.cat([loss.to(told)[None] / self.workers.size, told]))
+        self._signals += shared[1:]
+        return shared[0].to(loss.dtype)
+
+    def _asked_to_stop(self) -> int:
+        """The number of the signal that asked a worker to stop, the same on all in the same step; 0: go on."""
+        if self.workers.size == 1:
+            return self._interrupted()
+        if self.step % self.guard.window and self.step < self.steps:  # reading would make a GPU wait in each step
+            return 0
+        by_ctrl_c, by_sigterm = self._signals.tolist()
+        return signal.SIGINT if by_ctrl_c else signal.SIGTERM if by_sigterm else 0
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of a batch (0-d, float32)."""
@@ -180,27 +235,31 @@ class Trainer:
 
         Arguments and exceptions as those of :func:`train`.
         """
-        if run is not None and (state := run.restore()) is not None:
-            self.load_state_dict(state)
+        if run is not None:
+            run.restore(self.parts())
+            run.show(self.config, self.history)
         with (
-            Display(self.steps, done=self.step, show=progress) as display,
-            nullcontext(_never) if run is None else held_interrupt() as interrupted,
+            Display(self.steps, done=self.step, show=progress if self.workers.first else False) as display,
+            nullcontext(_never) if run is None else held_signals() as self._interrupted,
         ):
             diverged = False
             try:
-                self._loop(run, display, interrupted)
+                self._loop(run, display)
             except TrainingDiverged as error:
                 if stop_on_divergence:
                     kept = "" if run is None else f"; {run.checkpoints.describe()}"
                     raise TrainingDiverged(f"step {self.step}: {error}{kept}") from None
                 diverged = True
                 self._evaluate(run, display)
+            finally:
+                if run is not None:
+                    run.checkpoints.wait()
         result = self.result(diverged=diverged)
         if run is not None:
             run.finish(result)
         return result
 
-    def _loop(self, run: RunDirectory | None, display: Display, interrupted: Callable[[], bool]) -> None:
+    def _loop(self, run: RunDirectory | None, display: Display) -> None:
         evaluate_at = _evenly(self.steps, self.config.evaluations)
         save_at = _evenly(self.steps, self.config.checkpoints)
         with self.clock.running():
@@ -209,11 +268,11 @@ class Trainer:
                 display.at(self.step)
                 if self.step in evaluate_at:
                     self._evaluate(run, display)
-                stop = interrupted()
+                stop = self._asked_to_stop()
                 if run is not None and (stop or self.step in save_at):
                     self._save(run)
                 if stop:
-                    raise KeyboardInterrupt
+                    interrupt(stop)
 
     def _evaluate(self, run: RunDirectory | None, display: Display) -> None:
         with self.clock.paused():
@@ -224,15 +283,18 @@ class Trainer:
 
     def _save(self, run: RunDirectory) -> None:
         with self.clock.paused():
+            self.guard.check()
+            average_statistics(self.model)
             # A step that was too long may have made weights infinite. Better a checkpoint from before that.
-            if all(p.isfinite().all() for p in self.model.parameters()):
-                run.checkpoints.save(self.step, self.state_dict())
+            if self.guard.space.isfinite(list(self.model.parameters())):
+                run.checkpoints.save(self.step, **self.parts())
 
     # What the run shows ----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Record:
         """Loss and accuracy on the test split now, with the averaged weights if there are any, and how training goes."""
         self.guard.check()
+        average_statistics(self.model)
         with nullcontext() if self.ema is None else self.ema.averaged():
             loss, accuracy = self._test()
         samples, seconds = self.step * self.batch_size, self.clock.seconds
@@ -260,13 +322,15 @@ class Trainer:
         self.model.eval()
         loss, correct = torch.zeros(2, device=self.device).unbind()
         batch = min(_EVALUATION_BATCH, self.config.micro_batch or _EVALUATION_BATCH)
-        for inputs, targets in self.test_data.in_order(batch):
+        for inputs, targets, count in self.test_data.in_order(batch, rank=self.workers.rank, world=self.workers.size):
             logits = self.logits(inputs)
-            loss += F.cross_entropy(logits, targets, reduction="sum")
-            correct += (logits.argmax(dim=1) == targets).sum()
+            if count:
+                loss += F.cross_entropy(logits, targets, reduction="sum")
+                correct += (logits.argmax(dim=1) == targets).sum()
         self.model.train()
+        loss, correct = self.workers.sum(torch.stack([loss, correct]).double()).unbind()
         n = len(self.test_data)
-        return loss / n, correct.item() / n
+        return loss.float() / n, correct.item() / n
 
     def result(self, *, diverged: bool) -> TrainResult:
         """The outcome, as the last evaluation saw it."""
@@ -288,45 +352,44 @@ class Trainer:
 
     # Resuming --------------------------------------------------------------------------------------------------------
 
-    def _stateful(self) -> dict[str, Any]:
-        """The parts with a ``state_dict``."""
+    def parts(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, for a :class:`~conjugo.distributed.Checkpointer`."""
         parts = {
             "model": self.model,
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "guard": self.guard,
             "sampler": self.sampler,
+            "trainer": self,
+            "random": PerRank(RandomState()),
         }
         return parts if self.ema is None else {**parts, "ema": self.ema}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on: tensors and plain values."""
-        self.guard.check()
+        """How far the run has come, as far as its other :meth:`parts` do not know: tensors and plain values."""
         return {
-            **{name: part.state_dict() for name, part in self._stateful().items()},
             "step": self.step,
             "history": self.history,
             "seconds": self.clock.seconds,
             "loss_sum": self.loss_sum,
             "loss_steps": self.loss_steps,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "augmentation": self.train_data.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        for name, part in self._stateful().items():
-            part.load_state_dict(state[name])
         self.step = state["step"]
         self.history = state["history"]
         self.clock.seconds = state["seconds"]
         self.loss_sum.copy_(state["loss_sum"])
         self.loss_steps = state["loss_steps"]
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        self.train_data.generator.set_state(state["augmentation"])
+        self.train_data.generator.set_state(state["augmentation"].cpu())
+        self._seed_worker()  # if there are as many workers as before, each gets its own state back after this
+
+    def _seed_worker(self) -> None:
+        """Give this worker random numbers of its own for the rest of the run."""
+        source = (self.config.seed, self.workers.rank, self.step * self.batch_size)
+        torch.manual_seed(int(np.random.SeedSequence(source).generate_state(1)[0]))
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
@@ -336,9 +399,8 @@ def _optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
             {"params": [p for p in params if p.ndim > 1]},
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    return optimizers.build(
-        config.optimizer, params, lr=config.lr, weight_decay=config.weight_decay, **config.optimizer_options
-    )
+    options = {"shard_state": True, **config.optimizer_options} if config.shard_state else config.optimizer_options
+    return optimizers.build(config.optimizer, params, lr=config.lr, weight_decay=config.weight_decay, **options)
 
 
 def _schedule(config: TrainConfig, optimizer: Optimizer, steps: int) -> ScheduleLR:
@@ -355,5 +417,5 @@ def _evenly(steps: int, count: int) -> frozenset[int]:
     return frozenset(round(steps * k / count) for k in range(1, count + 1)) - {0}
 
 
-def _never() -> bool:
-    return False
+def _never() -> int:
+    return 0

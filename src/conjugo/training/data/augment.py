@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,11 +46,18 @@ class Augment:
         check(len(self.mean) == len(self.std), "Augment", "mean", self.mean, f"as long as std {self.std}")
         check(all(s > 0 for s in self.std), "Augment", "std", self.std, "> 0")
 
-    def __call__(self, images: Tensor, *, train: bool, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        *,
+        train: bool,
+        generator: torch.Generator | None = None,
+        chances: Tensor | None = None,
+    ) -> Tensor:
         """Float32 batch [B, C, H, W], contiguous, of images uint8 [B, C, H, W].
 
-        generator: source of all random numbers, on any device; None: torch's global one of the images' device. Nothing
-        is drawn when *train* is False. Raises ValueError for anything but uint8 [B, C, H, W].
+        chances: what :meth:`draw` gave for these images; None: drawn now, from *generator* (as for :meth:`draw`). Nothing
+        random happens when *train* is False. Raises ValueError for anything but uint8 [B, C, H, W].
         """
         given = f"{images.dtype} {list(images.shape)}"
         check(images.dtype == torch.uint8 and images.ndim == 4, "Augment", "images", given, "uint8 [B, C, H, W]")
@@ -57,22 +65,38 @@ class Augment:
         check(fits, "Augment", "mean", self.mean, f"one number or one per channel of {given}")
         if not train:
             return self._standardise(images)
+        if chances is None:
+            chances = self.draw(len(images), images.shape[2:], device=images.device, generator=generator)
+        columns = iter(chances.unbind(1))
         if self.pad or self.flip:
-            images = self._crop_and_flip(images, generator)
+            images = self._crop_and_flip(images, columns)
         out = self._standardise(images)
-        return self._cut_out(out, generator) if self.cutout else out
+        return self._cut_out(out, columns) if self.cutout else out
 
-    def _crop_and_flip(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(
+        self, n: int, size: Sequence[int], *, device: torch.device, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The random numbers for *n* images of *size* (height, width): int64 [n, k], k the same for every image.
+
+        So those of a batch can be drawn at once, however it is shared out afterwards. generator: their source, on any
+        device; None: torch's global one of *device*.
+        """
+        source = device if generator is None else generator.device
+        limits = [2] * self.flip + [2 * self.pad + 1] * (2 * bool(self.pad)) + list(size) * bool(self.cutout)
+        drawn = [torch.randint(limit, (n,), generator=generator, device=source) for limit in limits]
+        chances = torch.stack(drawn, 1) if drawn else torch.empty(n, 0, dtype=torch.int64)
+        return chances.to(device, non_blocking=True)
+
+    def _crop_and_flip(self, images: Tensor, chances: Iterator[Tensor]) -> Tensor:
         """One gather: every output pixel knows the place it comes from in the padded image."""
         b, c, h, w = images.shape
         rows = torch.arange(h, device=images.device).expand(b, h)
         columns = torch.arange(w, device=images.device).expand(b, w)
         if self.flip:
-            mirrored = _randint(2, b, images, generator).bool()
-            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+            columns = torch.where(next(chances).bool()[:, None], columns.flip(1), columns)
         if self.pad:
-            rows = rows + _randint(2 * self.pad + 1, b, images, generator)[:, None]
-            columns = columns + _randint(2 * self.pad + 1, b, images, generator)[:, None]
+            rows = rows + next(chances)[:, None]
+            columns = columns + next(chances)[:, None]
             images = F.pad(images, (self.pad,) * 4)
         places = (rows[:, :, None] * images.shape[3] + columns[:, None, :]).flatten(1)
         return images.flatten(2).gather(2, places[:, None].expand(b, c, h * w)).view(b, c, h, w)
@@ -92,13 +116,9 @@ class Augment:
         shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=x.device)[:, None, None]
         return x.mul_(scale).sub_(shift)
 
-    def _cut_out(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        b, _, h, w = images.shape
+    def _cut_out(self, images: Tensor, chances: Iterator[Tensor]) -> Tensor:
         # The hole covers [centre - cutout // 2, centre - cutout // 2 + cutout) in both directions.
-        inside = [
-            _within(size, _randint(size, b, images, generator) - self.cutout // 2, self.cutout, images)
-            for size in (h, w)
-        ]
+        inside = [_within(size, next(chances) - self.cutout // 2, self.cutout, images) for size in images.shape[2:]]
         hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
         return images.mul_(~hole)  # masked_fill_ with a broadcast mask takes three times as long on a CPU
 
@@ -121,12 +141,6 @@ def default_augment(dataset: Dataset) -> Augment:
     mean = (counts @ values / counts.sum()).item()
     std = (counts @ (values - mean).square() / counts.sum()).sqrt().item()
     return Augment(pad=0, flip=False, standardize="channel", mean=(mean,), std=(std or 1.0,))
-
-
-def _randint(high: int, size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform integers [size] in 0..high-1 on the device of *like*, drawn on the generator's."""
-    device = like.device if generator is None else generator.device
-    return torch.randint(high, (size,), generator=generator, device=device).to(like.device, non_blocking=True)
 
 
 def _within(size: int, first: Tensor, length: int, like: Tensor) -> Tensor:

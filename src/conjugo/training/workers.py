@@ -1,0 +1,134 @@
+"""The workers that train one model together: what they tell each other, and how the model is spread over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from conjugo.distributed import rank, world_size
+from conjugo.errors import check
+from conjugo.training.config import Parallel
+
+__all__ = ["Replicas", "Shards", "Workers", "spread"]
+
+T = TypeVar("T")
+
+
+class Workers:
+    """All ranks of the process group; this process alone where there is none, and then nothing is communicated."""
+
+    def __init__(self) -> None:
+        self.rank = rank()
+        self.size = world_size()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone shows and writes things."""
+        return self.rank == 0
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Collective: what *work* gives on rank 0, which alone does it. Its exception is raised on all ranks."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        given: T = outcome[0]
+        return given
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Collective: *values*, each added up over all ranks; the same bits on all."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+class Replicas:
+    """A model that is whole on every worker (DDP, or one worker)."""
+
+    def __init__(self, model: nn.Module, device: torch.device, workers: Workers) -> None:
+        self.forward: Callable[..., Any] = model
+        self._ddp: nn.parallel.DistributedDataParallel | None = None
+        if workers.size > 1:
+            # Buffers (running statistics of batch norm) are averaged where they are looked at, not copied from rank 0.
+            ids = [device.index or torch.cuda.current_device()] if device.type == "cuda" else None
+            self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            self.forward = self._ddp
+
+    def part(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward pass of a micro-batch: gradients are added up over the workers in the last one."""
+        return nullcontext() if last or self._ddp is None else self._ddp.no_sync()
+
+
+class Shards:
+    """A model whose parameters are cut into shards (FSDP2, HSDP): DTensors, gathered block by block when needed."""
+
+    def __init__(self, model: nn.Module, mesh: Any, *, bfloat16: bool) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy()
+        if bfloat16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for unit in [*_blocks(model), model]:
+            norms = [m for m in unit.modules() if isinstance(m, _BatchNorm) and not hasattr(m, "unshard")]
+            if bfloat16 and norms and norms != [unit]:  # batch norm wants parameters of the type of its statistics
+                fully_shard(norms, mesh=mesh)  # type: ignore[call-overload]
+            # Also the outermost one gives its whole parameters back after a forward pass: they may be others in the next,
+            # when averaged weights were evaluated.
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        self.forward: Callable[..., Any] = model
+        self._model: Any = model
+
+    @contextmanager
+    def part(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward pass of a micro-batch: gradients are added up over the workers in the last one."""
+        self._model.set_requires_gradient_sync(last)
+        yield
+
+
+def spread(
+    model: nn.Module,
+    parallel: Parallel,
+    *,
+    workers: Workers,
+    device: torch.device,
+    shard_workers: int | None,
+    bfloat16: bool,
+) -> Replicas | Shards:
+    """Collective: spread *model* over the workers, in place; its parameters may be others afterwards.
+
+    Raises ValueError for *shard_workers* that do not divide the number of workers.
+    """
+    if parallel == "ddp" or workers.size == 1:
+        return Replicas(model, device, workers)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if parallel == "fsdp":
+        return Shards(model, init_device_mesh(device.type, (workers.size,)), bfloat16=bfloat16)
+    shard = shard_workers or int(os.environ.get("LOCAL_WORLD_SIZE", workers.size))
+    accepted = f"a divisor of {workers.size}, the number of workers"
+    check(workers.size % shard == 0, "TrainConfig", "shard_workers", shard, accepted)
+    mesh = init_device_mesh(device.type, (workers.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    return Shards(model, mesh, bfloat16=bfloat16)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The parts of *model* whose parameters are gathered together: blocks of a residual network, layers of others."""
+    for child in model.children():
+        composite = isinstance(child, nn.Sequential) and any(next(part.children(), None) for part in child)
+        for part in child if composite else [child]:
+            if any(p.ndim > 1 for p in part.parameters()):  # a norm layer alone stays with the model itself
+                yield part
