@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["alone_in", "write_aside"]
+__all__ = ["alone_in", "sync_folder", "write_aside"]
 
 
 def write_aside(path: Path, content: str | bytes | Callable[[IO[bytes]], object], *, checksum_digits: int = 0) -> Path:
@@ -40,7 +40,7 @@ def write_aside(path: Path, content: str | bytes | Callable[[IO[bytes]], object]
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return path
 
 
@@ -79,7 +79,7 @@ class _Hashed:
         self._file.flush()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in *folder* durable, where the system can."""
     if os.name != "posix":
         return

@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "make table, plots and report of a comparison again, also of an unfinished one",
     "reproduce": "set a paper's headline result beside what comes out here",
     "data": "fetch, verify or describe a data set",
+    "ckpt": "list, verify, prune or export checkpoints",
     "doctor": "what this machine has for training, and what is missing",
 }
 

@@ -2,17 +2,23 @@
 
 ``init`` joins the process group and ``shutdown`` leaves it. ``GlobalBatchSampler`` draws the batches of a whole training run,
 however many workers share each of them; ``share`` and ``micro_batches`` are a worker's part of one. ``ParamSpace`` adds up
-over parameters wherever they lie.
+over parameters wherever they lie. ``Checkpointer`` keeps what must not be lost.
 """
 
 from conjugo._space import ParamSpace
+from conjugo.distributed.checkpoint import Checkpointer, PerRank, RandomState, export_step, export_weights
 from conjugo.distributed.environment import Env, init, rank, reported_errors, shutdown, where, world_size
 from conjugo.distributed.sampler import GlobalBatchSampler, micro_batches, share
 
 __all__ = [
+    "Checkpointer",
     "Env",
     "GlobalBatchSampler",
     "ParamSpace",
+    "PerRank",
+    "RandomState",
+    "export_step",
+    "export_weights",
     "init",
     "micro_batches",
     "rank",
