@@ -19,6 +19,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "train a model, in a run directory that can be resumed",
+    "launch": "start a program as several workers, on one host or several",
     "compare": "compare optimizers over batch sizes: tuning, fresh seeds, table, HTML report",
     "report": "make table, plots and report of a comparison again, also of an unfinished one",
     "reproduce": "set a paper's headline result beside what comes out here",

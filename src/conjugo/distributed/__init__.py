@@ -1,13 +1,14 @@
 """Many workers, on torch.distributed: the data they share, the sums they agree on, how they start, fail and resume.
 
-``init`` joins the process group and ``shutdown`` leaves it. ``GlobalBatchSampler`` draws the batches of a whole training run,
-however many workers share each of them; ``share`` and ``micro_batches`` are a worker's part of one. ``ParamSpace`` adds up
-over parameters wherever they lie. ``Checkpointer`` keeps what must not be lost.
+``launch`` starts workers; in each ``init`` joins the process group and ``shutdown`` leaves it. ``GlobalBatchSampler`` draws the
+batches of a whole training run, however many workers share each of them; ``share`` and ``micro_batches`` are a worker's part
+of one. ``ParamSpace`` adds up over parameters wherever they lie. ``Checkpointer`` keeps what must not be lost.
 """
 
 from conjugo._space import ParamSpace
 from conjugo.distributed.checkpoint import Checkpointer, PerRank, RandomState, export_step, export_weights
 from conjugo.distributed.environment import Env, init, rank, reported_errors, shutdown, where, world_size
+from conjugo.distributed.launch import launch
 from conjugo.distributed.sampler import GlobalBatchSampler, micro_batches, share
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "export_step",
     "export_weights",
     "init",
+    "launch",
     "micro_batches",
     "rank",
     "reported_errors",
