@@ -63,3 +63,42 @@ def test_the_losses_of_one_worker(world, parallel):
     config = replace(DIGITS, micro_batch=32, parallel=parallel)
     assert_close([trained(replace(DIGITS, micro_batch=32))], expected)
     assert_close(ranks.run(world, trained, config), expected)
+
+
+NO_NORM = replace(TABLE, micro_batch=7)  # 7 + 7 + 6: unequal shares
+HARD = {
+    "uneven shares": (NO_NORM, "table"),
+    "one example at a time": (replace(TABLE, batch_size=7, micro_batch=1), "table"),
+    "line search": (replace(NO_NORM, optimizer="nlcg-step"), "table"),
+    "clipping and decay groups": (
+        replace(NO_NORM, clip_norm=0.5, weight_decay=0.01, decay_norm_and_bias=False),
+        "table",
+    ),
+    "layer-wise NLCG": (replace(NO_NORM, optimizer_options={"lars": 0.1}), "table"),
+    "momentum, average": (replace(NO_NORM, optimizer="momentum", ema=0.9), "table"),
+    "adamw, clipping": (replace(NO_NORM, optimizer="adamw", clip_norm=0.5), "table"),
+    "rmsprop": (replace(NO_NORM, optimizer="rmsprop", lr=0.01), "table"),
+    "lars": (replace(NO_NORM, optimizer="lars", lr=10.0), "table"),
+    "lamb": (replace(NO_NORM, optimizer="lamb"), "table"),
+    "augmented images": (replace(IMAGES, model="mlp", micro_batch=4), "images"),
+    "synchronised batch norm": (replace(IMAGES, sync_batch_norm=True, precision="float32"), "images"),
+}
+LAYOUTS = {
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp"},
+    "hsdp": {"parallel": "hsdp", "shard_workers": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", HARD)
+def test_every_setting_gives_what_one_worker_gives(name, layout):
+    config, data = HARD[name]
+    world = 4 if layout == "hsdp" else 3
+    expected = trained(config, data)
+    assert_close(ranks.run(world, trained, replace(config, **LAYOUTS[layout]), data), expected, rtol=1e-4)
+
+
+def test_state_of_nlcg_in_slices():
+    config = replace(NO_NORM, shard_state=True)
+    assert_close(ranks.run(2, trained, config, "table"), trained(config, "table"))

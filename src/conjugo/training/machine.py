@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -53,7 +53,8 @@ def isolated(config: TrainConfig) -> Iterator[None]:
     """Settings of torch that make equal configurations equal runs; afterwards they are what they were."""
     device = choose_device(config.device)
     threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else nullcontext(), torch.random.fork_rng([device] if on_gpu else []):
         try:
             torch.set_num_threads(config.threads or threads)
             torch.backends.cudnn.deterministic = True

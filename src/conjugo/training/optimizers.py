@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
+from conjugo._space import is_dtensor
 from conjugo.errors import unknown
 from conjugo.optim import LAMB, LARS, NLCG
 
@@ -126,7 +127,7 @@ def build(
 
     lr: None takes that of the catalogue. weight_decay: coupled, but decoupled with ``adamw`` and ``lamb``. options:
     keyword arguments of the optimizer, over those of the catalogue; ``beta1`` and ``beta2`` stand for the two parts of
-    ``betas``. torch's own SGD and AdamW are the fused ones, on CPU and GPU.
+    ``betas``. torch's own SGD and AdamW are the fused ones, on CPU and GPU, where torch has them for the parameters.
 
     Raises UnknownName for a name or an option that does not exist, and whatever the optimizer raises for bad values.
 
@@ -139,7 +140,7 @@ def build(
     arguments = {"lr": found.lr if lr is None else lr, "weight_decay": weight_decay, **found.options, **options}
     _check_options(found, options)
     _join_betas(found, arguments)
-    if found.factory in (SGD, AdamW) and _device(listed).type in ("cpu", "cuda"):
+    if _may_be_fused(found.factory, listed):
         arguments.setdefault("fused", True)
     return found.factory(listed, **arguments)
 
@@ -170,9 +171,10 @@ def _listed(group: dict[str, Any]) -> dict[str, Any]:
     return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
 
 
-def _device(params: list[Any]) -> torch.device:
-    """Where the first parameter lies; the CPU when there is none (the optimizer itself complains then)."""
-    first = params[0] if params else None
+def _may_be_fused(factory: Callable[..., Optimizer], params: list[Any]) -> bool:
+    first = params[0] if params else None  # none: the optimizer itself complains
     if isinstance(first, dict):
         first = next(iter(first["params"]), None)
-    return first.device if isinstance(first, Tensor) else torch.device("cpu")
+    if factory not in (SGD, AdamW) or (isinstance(first, Tensor) and first.device.type not in ("cpu", "cuda")):
+        return False
+    return not (factory is SGD and is_dtensor(first))  # torch has no fused SGD for DTensors

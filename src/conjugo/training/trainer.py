@@ -106,6 +106,8 @@ class Trainer:
         self.config = config
         self.batch_size = batch_size
         self.steps = config.steps or max(1, round(config.epochs * n / batch_size))
+        several = "without a number where there are several workers: each takes its own"
+        check(self.workers.size == 1 or ":" not in config.device, "TrainConfig", "device", config.device, several)
         self.device = choose_device(config.device)
 
         torch.manual_seed(config.seed)
@@ -144,7 +146,8 @@ class Trainer:
         self.model = models.build(name, input_shape=data.input_shape, num_classes=data.num_classes).to(self.device)
         convolutional = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
         self.channels_last = convolutional if config.channels_last is None else config.channels_last
-        if self.channels_last:
+        whole = config.parallel == "ddp" or self.workers.size == 1
+        if self.channels_last and whole:  # FSDP takes contiguous parameters only; convolutions go by their input then
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         wanted = {"float32": False, "bfloat16": True, "auto": convolutional and pays_bfloat16(self.device)}
         self.bfloat16 = wanted[config.precision]

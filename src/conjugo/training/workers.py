@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,9 +64,12 @@ class Replicas:
         self.forward: Callable[..., Any] = model
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         if workers.size > 1:
+            wrapper = nn.parallel.DistributedDataParallel
             # Buffers (running statistics of batch norm) are averaged where they are looked at, not copied from rank 0.
-            ids = [device.index or torch.cuda.current_device()] if device.type == "cuda" else None
-            self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            new_name, old_name = "forward_sync_buffers", "broadcast_buffers"  # which is deprecated since PyTorch 2.13
+            name = new_name if new_name in inspect.signature(wrapper.__init__).parameters else old_name
+            ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+            self._ddp = wrapper(model, device_ids=ids, **{name: False})
             self.forward = self._ddp
 
     def part(self, *, last: bool) -> AbstractContextManager[None]:
