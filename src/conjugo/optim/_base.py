@@ -19,7 +19,7 @@ from torch import Tensor
 from conjugo._space import from_local, is_dtensor, to_local
 from conjugo.errors import check
 
-__all__ = ["Optimizer", "as_real", "check_lr", "evaluate", "state_dtype", "zeros_for"]
+__all__ = ["Optimizer", "as_real", "check_lr", "copy", "evaluate", "state_dtype", "zeros_for"]
 
 Group = dict[str, Any]
 
@@ -134,7 +134,7 @@ class Optimizer(torch.optim.Optimizer):
                 if any(t.device != p.device for t in self.state[p].values()):
                     self.state[p] = self._init_state(p, group)
                 for name, own in self.state[p].items():
-                    _copy(own, values[name])
+                    copy(own, values[name])
         self._state_replaced()
 
     def _check_fits(self, p: Tensor, values: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class Optimizer(torch.optim.Optimizer):
             self._state_replaced()
 
 
-def _copy(own: Tensor, value: Tensor) -> None:
+def copy(own: Tensor, value: Tensor) -> None:
     """own <- value, where either may be spread over ranks and the other whole; collective if *value* is spread otherwise."""
     if is_dtensor(value) and not (is_dtensor(own) and value.placements == own.placements):
         value = value.full_tensor()

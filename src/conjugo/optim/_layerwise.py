@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
+from conjugo._space import ParamSpace, is_dtensor, to_local
 from conjugo._tensors import Array, namespace
 from conjugo.errors import check
 from conjugo.optim._base import Group, Optimizer, as_real, check_lr, evaluate, state_dtype
 
-__all__ = ["LayerwiseOptimizer", "adapts", "choose", "masked", "norms", "trust_ratio"]
+__all__ = ["LayerwiseOptimizer", "Piece", "adapts", "choose", "masked", "norms", "trust_ratio"]
+
+
+class Piece(NamedTuple):
+    """What this rank holds of one parameter; complex tensors as real views [..., 2]."""
+
+    w: Tensor
+    g: Tensor
+    state: dict[str, Tensor]
+    dimensions: int
+    """Of the parameter itself."""
 
 
 class LayerwiseOptimizer(Optimizer):
     """Base of the optimizers that scale each parameter's update by a trust ratio.
 
     A subclass offers two versions of the same update: ``_update`` for one parameter after the other, with scalars that
-    are numbers: the specification, and the faster one on a CPU, where reading a scalar costs nothing; and
-    ``_update_foreach`` for lists, with scalars that stay on the device and no host synchronisation.
+    are numbers: the specification, and the faster one on a CPU, where reading a scalar costs nothing; and ``_propose`` with
+    ``_apply`` for lists, with scalars that stay on the device and no host synchronisation. DTensors take the latter, because
+    in between the norms of all of them are added up over the ranks at once.
     """
+
+    _pickled: ClassVar[tuple[str, ...]] = ("process_group",)
+    _space: ParamSpace | None = None  # only where there are DTensors
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: Any) -> None:
+        self.process_group = process_group
+        super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
         name = self._name
@@ -37,11 +58,24 @@ class LayerwiseOptimizer(Optimizer):
         # One counter for each parameter: per-parameter state is all that every checkpoint format keeps.
         return {"skipped_steps": torch.zeros((), dtype=torch.int64, device=p.device)}
 
-    def _update(self, group: Group, params: list[Tensor], grad_norms: Array) -> None:
+    def _state_replaced(self) -> None:
+        self._space = None
+
+    def _update(self, group: Group, pieces: list[Piece], weight_norms: Array, grad_norms: Array) -> None:
+        """Update *pieces*, in a step that is finite."""
         raise NotImplementedError
 
-    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: Tensor, ok: Tensor) -> None:
+    def _propose(self, group: Group, pieces: list[Piece], ok: Tensor) -> list[Tensor]:
+        """New tensors of which ``_apply`` makes the update; no state changes unless *ok* (0-d bool)."""
         raise NotImplementedError
+
+    def _apply(self, group: Group, pieces: list[Piece], proposed: list[Tensor], scales: Tensor, ok: Tensor) -> None:
+        """Finish the update with *scales*, learning rate times trust ratio of each parameter, [n]; 0 unless *ok*."""
+        raise NotImplementedError
+
+    def _compared(self, proposed: list[Tensor]) -> list[Tensor] | None:
+        """The tensors whose norms are set against those of the weights; None: the gradients."""
+        return None
 
     def _trust_ratio(self, group: Group, weight_norms: Array, others: Array) -> Array:
         raise NotImplementedError
@@ -57,25 +91,80 @@ class LayerwiseOptimizer(Optimizer):
 
         If any gradient holds NaN or infinity (or is too large for its norm to be represented), no parameter and no
         state changes; the step is counted in :attr:`skipped_steps`. Raises ``RuntimeError`` for sparse gradients.
+        Collective where parameters are DTensors: all ranks decide alike.
         """
         loss = evaluate(closure)
         work = self._with_gradient()
         if not work:
             return loss
-        measured = [norms([p.grad for p in params if p.grad is not None]) for _, params in work]
-        ok = torch.isfinite(torch.cat(measured)).all()
-        as_lists = [use_foreach(group, params) for group, params in work]
+        self._look_at([p for _, params in work for p in params])
+        groups = [(group, self._pieces(params)) for group, params in work]
+        pieces = [piece for _, of_group in groups for piece in of_group]
+        grad_norms, weight_norms = self._norms([piece.g for piece in pieces], [piece.w for piece in pieces])
+        ok = torch.isfinite(grad_norms).all()
+        as_lists = [self._space is not None or use_foreach(group, of_group) for group, of_group in groups]
         if not all(as_lists) and not ok:
             self._count_skipped(ok)
             return loss
-        for (group, params), grad_norms, foreach in zip(work, measured, as_lists):
-            if foreach:
-                self._update_foreach(group, params, grad_norms, ok)
-            else:
-                self._update(group, params, grad_norms.numpy(force=True))
+        spans = [slice(end - len(x), end) for end, (_, x) in zip(accumulate(len(x) for _, x in groups), groups)]
+        for (group, of_group), span, lists in zip(groups, spans, as_lists):
+            if not lists:
+                self._update(group, of_group, *(x[span].numpy(force=True) for x in (weight_norms, grad_norms)))
+        if any(as_lists):
+            listed = [(*g, span) for g, span, lists in zip(groups, spans, as_lists) if lists]
+            self._update_lists(listed, weight_norms, grad_norms, ok)
         if all(as_lists):
             self._count_skipped(ok)
         return loss
+
+    def _update_lists(
+        self, groups: list[tuple[Group, list[Piece], slice]], weight_norms: Tensor, grad_norms: Tensor, ok: Tensor
+    ) -> None:
+        proposals = [self._propose(group, pieces, ok) for group, pieces, _ in groups]
+        compared = [self._compared(proposed) for proposed in proposals]
+        others = [grad_norms[span] for _, _, span in groups]
+        if compared[0] is not None:
+            (found,) = self._norms([x for xs in compared if xs is not None for x in xs])
+            others = list(torch.split(found, [len(proposed) for proposed in proposals]))
+        for (group, pieces, span), proposed, other in zip(groups, proposals, others):
+            # A ratio may be NaN in a step that is skipped, and NaN times zero is NaN.
+            ratios = torch.where(ok, self._ratios(group, pieces, weight_norms[span], other), 0.0)
+            self._apply(group, pieces, proposed, ratios * group["lr"], ok)
+
+    # Ranks -----------------------------------------------------------------------------------------------------------
+
+    def _look_at(self, active: list[Tensor]) -> None:
+        """See to the layout of the parameters that take part in this step."""
+        if not any(is_dtensor(p) for p in active):
+            self._space = None
+            return
+        known = self._space.params if self._space is not None else []
+        if len(known) != len(active) or any(a is not b for a, b in zip(known, active)):
+            self._space = ParamSpace(active, group=self.process_group, owner=self._name)
+        assert self._space is not None
+        self._space.canonical_grads()
+
+    def _pieces(self, params: list[Tensor]) -> list[Piece]:
+        if self._space is None:
+            return [Piece(as_real(p), as_real(p.grad), self.state[p], p.ndim) for p in params if p.grad is not None]
+        return [
+            Piece(
+                as_real(to_local(p)),
+                as_real(to_local(p.grad)),
+                {name: to_local(tensor) for name, tensor in self.state[p].items()},
+                p.ndim,
+            )
+            for p in params
+            if p.grad is not None
+        ]
+
+    def _norms(self, *lists: list[Tensor]) -> list[Tensor]:
+        """The Euclidean norms of all parameters' tensors, [n] for each list; one collective if they are sharded."""
+        found = [norms(tensors) for tensors in lists]
+        if self._space is None:
+            return found
+        squares = torch.stack(found).to(torch.float64).square()
+        return list(self._space.reduce(squares).sqrt().to(found[0].dtype))
 
     def _count_skipped(self, ok: Tensor) -> None:
         counters = self._counters()
@@ -84,10 +173,10 @@ class LayerwiseOptimizer(Optimizer):
     def _counters(self) -> list[Tensor]:
         return [self.state[p]["skipped_steps"] for group in self.param_groups for p in group["params"]]
 
-    def _ratios(self, group: Group, params: list[Tensor], weight_norms: Array, others: Array) -> Array:
+    def _ratios(self, group: Group, pieces: list[Piece], weight_norms: Array, others: Array) -> Array:
         """The trust ratio of each parameter, [n]: of its norm with *others*, or 1 for a vector that is not to adapt."""
         ratios = self._trust_ratio(group, weight_norms, others)
-        for i in (i for i, p in enumerate(params) if not adapts(group, p)):
+        for i in (i for i, piece in enumerate(pieces) if not adapts(group, piece)):
             ratios[i] = 1.0
         return ratios
 
@@ -99,21 +188,20 @@ def trust_ratio(numerator: Array, denominator: Array, defined: Array, bounds: tu
     return xp.where(defined, numerator / xp.where(defined, denominator, 1.0), 1.0).clip(*bounds)
 
 
-def adapts(group: Group, p: Tensor) -> bool:
-    """Whether the trust ratio of *p* is anything but 1."""
-    return p.ndim > 1 or bool(group["adapt_vectors"])
+def adapts(group: Group, piece: Piece) -> bool:
+    """Whether the trust ratio of the parameter is anything but 1."""
+    return piece.dimensions > 1 or bool(group["adapt_vectors"])
 
 
-def use_foreach(group: Group, params: list[Tensor]) -> bool:
+def use_foreach(group: Group, pieces: list[Piece]) -> bool:
     """The group's choice; without one, lists for accelerators and single parameters for CPUs."""
-    return bool(params[0].device.type != "cpu" if group["foreach"] is None else group["foreach"])
+    return bool(pieces[0].w.device.type != "cpu" if group["foreach"] is None else group["foreach"])
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """The Euclidean norm of each tensor, at least in float32; [n]."""
-    real = [as_real(t) for t in tensors]
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in real) else torch.float32
-    return torch.stack(torch._foreach_norm(real, 2, wide))
+    """The Euclidean norm of each real tensor, at least in float32; [n]."""
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, 2, wide))
 
 
 def choose(ok: Tensor, value: float, otherwise: float, like: Tensor) -> Tensor:
@@ -121,14 +209,15 @@ def choose(ok: Tensor, value: float, otherwise: float, like: Tensor) -> Tensor:
     return torch.where(ok, torch.full((), value, dtype=like.dtype, device=ok.device), otherwise)
 
 
-def masked(params: list[Tensor], *, ok: Tensor, maximize: bool) -> list[Tensor]:
-    """Copies of the gradients of *params* in their state's type, negated if *maximize*; all zero unless *ok* (0-d bool).
+def masked(pieces: list[Piece], *, ok: Tensor, maximize: bool) -> list[Tensor]:
+    """Copies of the gradients in their state's type, negated if *maximize*; all zero unless *ok* (0-d bool).
 
     NaN times zero is NaN, but the bits of NaN, read as an integer, times zero are the bits of 0.0.
     """
-    bits = [_bits(as_real(p.grad).to(state_dtype(p))) for p in params if p.grad is not None]
+    types = [state_dtype(piece.w) for piece in pieces]
+    bits = [_bits(piece.g.to(dtype)) for piece, dtype in zip(pieces, types)]
     copies = torch._foreach_mul(bits, ok.to(torch.int32))
-    grads = [copy.view(state_dtype(p)) for copy, p in zip(copies, params)]
+    grads = [copy.view(dtype) for copy, dtype in zip(copies, types)]
     if maximize:
         torch._foreach_neg_(grads)
     return grads

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conjugo._space import to_local
 from conjugo.errors import check
-from conjugo.optim._base import state_dtype
+from conjugo.optim._base import copy, state_dtype
 
 __all__ = ["WeightEMA", "ema_decay"]
 
@@ -25,7 +26,7 @@ class WeightEMA:
     float32 (float64 for float64 parameters), one vector more than the model.
 
     Args:
-        model: the model in training; its parameters are read at each :meth:`update`.
+        model: the model in training; its parameters, also DTensors, are read at each :meth:`update`.
         decay: the limit :math:`d`, in [0, 1).
 
     Raises:
@@ -59,7 +60,7 @@ class WeightEMA:
             raise RuntimeError("WeightEMA: update() was called while the model holds the averages")
         weight = 1 - ema_decay(self.updates, self.decay)
         for name, average in self._averages.items():
-            average.lerp_(self._parameters[name].to(average.dtype), weight)
+            to_local(average).lerp_(to_local(self._parameters[name]).to(average.dtype), weight)
         self.updates += 1
 
     @contextmanager
@@ -79,7 +80,7 @@ class WeightEMA:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, p in self._parameters.items():
-            p.copy_(values[name])
+            to_local(p).copy_(to_local(values[name]))
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, the decay, and the number of updates."""
@@ -87,7 +88,10 @@ class WeightEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from *state_dict*; raises ``ValueError``, before anything changes, if it is of another model."""
+        """Continue from *state_dict*, whose averages may be laid out over ranks in another way.
+
+        Raises ``ValueError``, before anything changes, if it is of another model.
+        """
         averages = state_dict["averages"]
         shapes = {name: tuple(t.shape) for name, t in self._averages.items()}
         saved = {name: tuple(t.shape) for name, t in averages.items()}
@@ -96,7 +100,7 @@ class WeightEMA:
             not differing, "WeightEMA", "averages", differing, "of the same names and shapes as the model's parameters"
         )
         for name, average in self._averages.items():
-            average.copy_(averages[name])
+            copy(average, averages[name])
         self.decay, self.updates = state_dict["decay"], state_dict["updates"]
 
 

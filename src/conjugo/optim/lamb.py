@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from conjugo._tensors import Array
 from conjugo.errors import check
-from conjugo.optim._base import Group, as_real, zeros_for
-from conjugo.optim._layerwise import LayerwiseOptimizer, adapts, choose, masked, norms, trust_ratio
+from conjugo.optim._base import Group, zeros_for
+from conjugo.optim._layerwise import LayerwiseOptimizer, Piece, adapts, choose, masked, norms, trust_ratio
 
 __all__ = ["LAMB", "lamb_trust_ratio"]
 
@@ -27,7 +28,8 @@ class LAMB(LayerwiseOptimizer):
     (Algorithm 2 of the paper.) If the weights or the update of a layer are all zero, the ratio is 1.
 
     Args:
-        params: parameters or parameter groups; real or complex floating point.
+        params: parameters or parameter groups; real or complex floating point; also DTensors (FSDP2, HSDP, tensor
+            parallelism).
         lr: :math:`\gamma \geq 0`, a number or a 0-d tensor.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\varepsilon > 0`.
@@ -38,6 +40,8 @@ class LAMB(LayerwiseOptimizer):
         foreach: update lists of tensors at once; by default on accelerators only. With False an accelerator has to wait
             for the norms in each step.
         maximize: ascend instead of descend.
+        process_group: where parameters are DTensors, the ranks that hold them; None: all. A step then
+            needs two small all-reduces.
 
     State: ``exp_avg`` and ``exp_avg_sq``, two vectors per parameter, float32 for bfloat16 and float16 parameters.
 
@@ -64,6 +68,7 @@ class LAMB(LayerwiseOptimizer):
         adapt_vectors: bool = False,
         foreach: bool | None = None,
         maximize: bool = False,
+        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -75,7 +80,7 @@ class LAMB(LayerwiseOptimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, process_group)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -90,26 +95,24 @@ class LAMB(LayerwiseOptimizer):
             "exp_avg_sq": zeros_for(p),
         } | super()._init_state(p, group)
 
-    def _update(self, group: Group, params: list[Tensor], grad_norms: Array) -> None:
+    def _update(self, group: Group, pieces: list[Piece], weight_norms: Array, grad_norms: Array) -> None:
         (beta1, beta2), lr, sign = group["betas"], float(group["lr"]), -1 if group["maximize"] else 1
-        weight_norms = norms(params).numpy(force=True)
-        for i, p in enumerate(params):
-            assert p.grad is not None
-            w, g, state = as_real(p), as_real(p.grad), self.state[p]
+        for piece, weight_norm in zip(pieces, weight_norms):
+            w, g, state, _ = piece
             mean = state["exp_avg"].mul_(beta1).add_(g, alpha=sign * (1 - beta1))
             square = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
             t = state["step"].add_(1).item()
             update = square.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
             torch.div(mean, update, out=update).div_(1 - beta1**t).add_(w, alpha=group["weight_decay"])
             scale = lr
-            if adapts(group, p):
-                scale *= float(self._trust_ratio(group, weight_norms[i], norms([update]).numpy(force=True)[0]))
+            if adapts(group, piece):
+                scale *= float(self._trust_ratio(group, weight_norm, norms([update]).numpy(force=True)[0]))
             w.sub_(update, alpha=scale)
 
-    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: Tensor, ok: Tensor) -> None:
-        states, (beta1, beta2) = [self.state[p] for p in params], group["betas"]
+    def _propose(self, group: Group, pieces: list[Piece], ok: Tensor) -> list[Tensor]:
+        states, (beta1, beta2) = [piece.state for piece in pieces], group["betas"]
         means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        updates = masked(params, ok=ok, maximize=group["maximize"])
+        updates = masked(pieces, ok=ok, maximize=group["maximize"])
         torch._foreach_mul_(means, choose(ok, beta1, 1.0, means[0]))
         torch._foreach_add_(means, updates, alpha=1 - beta1)
         torch._foreach_mul_(squares, choose(ok, beta2, 1.0, squares[0]))
@@ -125,13 +128,16 @@ class LAMB(LayerwiseOptimizer):
         torch._foreach_reciprocal_(updates)  # there is no foreach division into the divisor
         torch._foreach_mul_(updates, means)
         torch._foreach_div_(updates, list((1 - beta1**t).unbind()))
-        ws = [as_real(p) for p in params]
         if group["weight_decay"]:
-            torch._foreach_add_(updates, ws, alpha=group["weight_decay"])
-        # A ratio may be NaN in a step that is skipped, and NaN times zero is NaN.
-        ratios = torch.where(ok, self._ratios(group, params, norms(params), norms(updates)), 0.0)
-        torch._foreach_mul_(updates, list((ratios * group["lr"]).unbind()))
-        torch._foreach_sub_(ws, updates)
+            torch._foreach_add_(updates, [piece.w for piece in pieces], alpha=group["weight_decay"])
+        return updates
+
+    def _compared(self, proposed: list[Tensor]) -> list[Tensor]:
+        return proposed
+
+    def _apply(self, group: Group, pieces: list[Piece], proposed: list[Tensor], scales: Tensor, ok: Tensor) -> None:
+        torch._foreach_mul_(proposed, list(scales.unbind()))
+        torch._foreach_sub_([piece.w for piece in pieces], proposed)
 
     def _trust_ratio(self, group: Group, weight_norms: Array, others: Array) -> Array:
         return lamb_trust_ratio(weight_norms, others, bounds=group["trust_bounds"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from conjugo._tensors import Array
 from conjugo.errors import check
-from conjugo.optim._base import Group, as_real, zeros_for
-from conjugo.optim._layerwise import LayerwiseOptimizer, choose, masked, norms, trust_ratio
+from conjugo.optim._base import Group, zeros_for
+from conjugo.optim._layerwise import LayerwiseOptimizer, Piece, choose, masked, trust_ratio
 
 __all__ = ["LARS", "lars_trust_ratio"]
 
@@ -29,7 +30,8 @@ class LARS(LayerwiseOptimizer):
     layer are all zero, :math:`\lambda = 1`.
 
     Args:
-        params: parameters or parameter groups; real or complex floating point.
+        params: parameters or parameter groups; real or complex floating point; also DTensors (FSDP2, HSDP, tensor
+            parallelism).
         lr: :math:`\gamma \geq 0`, a number or a 0-d tensor.
         momentum: :math:`m`, in [0, 1).
         weight_decay: :math:`\beta \geq 0`, coupled: it enters the ratio and the velocity.
@@ -42,6 +44,8 @@ class LARS(LayerwiseOptimizer):
         foreach: update lists of tensors at once; by default on accelerators only. With False an accelerator has to wait
             for the norms in each step.
         maximize: ascend instead of descend.
+        process_group: where parameters are DTensors, the ranks that hold them; None: all. A step then
+            needs one small all-reduce.
 
     State: ``momentum_buffer``, one vector per parameter, float32 for bfloat16 and float16 parameters.
 
@@ -70,6 +74,7 @@ class LARS(LayerwiseOptimizer):
         adapt_vectors: bool = False,
         foreach: bool | None = None,
         maximize: bool = False,
+        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -83,7 +88,7 @@ class LARS(LayerwiseOptimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, process_group)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -96,12 +101,11 @@ class LARS(LayerwiseOptimizer):
     def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         return {"momentum_buffer": zeros_for(p)} | super()._init_state(p, group)
 
-    def _update(self, group: Group, params: list[Tensor], grad_norms: Array) -> None:
+    def _update(self, group: Group, pieces: list[Piece], weight_norms: Array, grad_norms: Array) -> None:
         momentum, decay, sign = group["momentum"], group["weight_decay"], -1 if group["maximize"] else 1
-        ratios = self._ratios(group, params, norms(params).numpy(force=True), grad_norms)
-        for p, scale in zip(params, (ratios * float(group["lr"])).tolist()):
-            assert p.grad is not None
-            w, g, velocity = as_real(p), as_real(p.grad), self.state[p]["momentum_buffer"]
+        ratios = self._ratios(group, pieces, weight_norms, grad_norms)
+        for (w, g, state, _), scale in zip(pieces, (ratios * float(group["lr"])).tolist()):
+            velocity = state["momentum_buffer"]
             velocity.mul_(momentum).add_(g, alpha=sign * scale)
             if decay:
                 velocity.add_(w, alpha=scale * decay)
@@ -110,23 +114,23 @@ class LARS(LayerwiseOptimizer):
             else:
                 w.sub_(velocity)
 
-    def _update_foreach(self, group: Group, params: list[Tensor], grad_norms: Tensor, ok: Tensor) -> None:
-        momentum, velocities = group["momentum"], [self.state[p]["momentum_buffer"] for p in params]
-        updates = masked(params, ok=ok, maximize=group["maximize"])
-        # A ratio may be NaN in a step that is skipped, and NaN times zero is NaN.
-        ratios = torch.where(ok, self._ratios(group, params, norms(params), grad_norms), 0.0)
-        ws = [as_real(p) for p in params]
+    def _propose(self, group: Group, pieces: list[Piece], ok: Tensor) -> list[Tensor]:
+        return masked(pieces, ok=ok, maximize=group["maximize"])
+
+    def _apply(self, group: Group, pieces: list[Piece], proposed: list[Tensor], scales: Tensor, ok: Tensor) -> None:
+        momentum, ws = group["momentum"], [piece.w for piece in pieces]
+        velocities = [piece.state["momentum_buffer"] for piece in pieces]
         if group["weight_decay"]:
-            torch._foreach_add_(updates, ws, alpha=group["weight_decay"])
-        torch._foreach_mul_(updates, list((ratios * group["lr"]).unbind()))
+            torch._foreach_add_(proposed, ws, alpha=group["weight_decay"])
+        torch._foreach_mul_(proposed, list(scales.unbind()))
         torch._foreach_mul_(velocities, choose(ok, momentum, 1.0, velocities[0]))
-        torch._foreach_add_(velocities, updates)
+        torch._foreach_add_(velocities, proposed)
         if group["nesterov"]:
-            torch._foreach_add_(updates, torch._foreach_mul(velocities, choose(ok, momentum, 0.0, velocities[0])))
+            torch._foreach_add_(proposed, torch._foreach_mul(velocities, choose(ok, momentum, 0.0, velocities[0])))
         else:
-            torch._foreach_copy_(updates, velocities)
-            torch._foreach_mul_(updates, ok)
-        torch._foreach_sub_(ws, updates)
+            torch._foreach_copy_(proposed, velocities)
+            torch._foreach_mul_(proposed, ok)
+        torch._foreach_sub_(ws, proposed)
 
     def _trust_ratio(self, group: Group, weight_norms: Array, others: Array) -> Array:
         return lars_trust_ratio(

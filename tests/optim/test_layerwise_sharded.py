@@ -1,0 +1,186 @@
+"""LARS, LAMB and the weight average on parameters that lie on several ranks: the steps of one process."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.distributed import ranks
+from tests.distributed.test_nlcg import entire, fresh, problem
+from tests.test_space import LAYOUTS, laid_out
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor.debug import CommDebugMode
+
+from conjugo._space import to_local
+from conjugo.optim import LAMB, LARS, WeightEMA
+
+OPTIMIZERS = {
+    "lars": lambda groups: LARS(groups, lr=20.0),
+    "lars, nesterov, decay, vectors": lambda groups: LARS(
+        groups, lr=20.0, nesterov=True, weight_decay=0.01, adapt_vectors=True
+    ),
+    "lamb": lambda groups: LAMB(groups, lr=0.05),
+    "lamb, decay, vectors, ascent": lambda groups: LAMB(
+        groups, lr=0.01, weight_decay=0.1, adapt_vectors=True, maximize=True
+    ),
+}
+LAYOUTS = [layout for layout in LAYOUTS if layout != "slices"]
+STEPS = 20
+
+
+def grouped(name, params):
+    half = len(params) // 2
+    return OPTIMIZERS[name]([{"params": params[:half]}, {"params": params[half:], "weight_decay": 0.03}])
+
+
+def step(params, layout, optimizer, number):
+    _, grads = problem(entire(params), number)
+    for p, g in zip(params, laid_out(grads, layout), strict=True):
+        p.grad = g
+        if layout == "tensor parallel" and g.ndim == 0:  # as with sequence parallelism
+            p.grad = DTensor.from_local(g.to_local() / dist.get_world_size(), g.device_mesh, [Partial()])
+    optimizer.step()
+
+
+def trained(layout):
+    found = {}
+    for name in OPTIMIZERS:
+        params = fresh(layout)
+        optimizer = grouped(name, params)
+        for number in range(STEPS):
+            step(params, layout, optimizer, number)
+        found[name] = entire(params)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return trained("whole")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_layout_takes_the_steps_of_one_process(world, layout, alone):
+    if world % 2 and layout in ("hsdp", "mixed meshes"):
+        pytest.skip("needs an even number of ranks")
+    everyone = ranks.run(world, trained, layout)
+    for name, wanted in alone.items():
+        assert all(not torch.equal(p, q) for p, q in zip(wanted, fresh("whole"), strict=True))
+        for found in everyone:
+            for p, q in zip(found[name], wanted, strict=True):
+                assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), name
+            assert all(torch.equal(p, q) for p, q in zip(found[name], everyone[0][name], strict=True))
+
+
+def collectives(layout, name):
+    params = fresh(layout)
+    optimizer = grouped(name, params)
+    step(params, layout, optimizer, 0)
+    _, grads = problem(entire(params), 1)
+    for p, g in zip(params, laid_out(grads, layout), strict=True):
+        p.grad = g
+    with CommDebugMode() as mode:
+        optimizer.step()
+    return mode.get_total_counts()
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "count"),
+    [
+        ("whole", "lars", 0),
+        ("whole", "lamb", 0),
+        ("fsdp", "lars", 1),
+        ("fsdp", "lamb", 2),
+        ("mixed with whole", "lamb", 2),
+    ],
+)
+def test_norms_travel_packed(layout, name, count):
+    assert ranks.run(2, collectives, layout, name) == [count] * 2
+
+
+def skipping(name):
+    params = fresh("fsdp")
+    optimizer = grouped(name, params)
+    step(params, "fsdp", optimizer, 0)
+    before = [*entire(params), *(to_local(t).clone() for p in params for t in optimizer.state[p].values())]
+    _, grads = problem(entire(params), 1)
+    for p, g in zip(params, laid_out(grads, "fsdp"), strict=True):
+        p.grad = g
+    if dist.get_rank() == 1:
+        to_local(params[0].grad).view(-1)[0] = math.nan
+    optimizer.step()
+    after = [*entire(params), *(to_local(t) for p in params for t in optimizer.state[p].values())]
+    changed = [a for a, b in zip(after, before, strict=True) if not torch.equal(a, b)]
+    return len(changed), optimizer.skipped_steps.item(), len(params)
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_a_nan_in_one_shard_is_skipped_by_all(name):
+    for changed, skipped, n in ranks.run(2, skipping, name):
+        assert skipped == 1
+        assert changed == n  # the counters
+
+
+def round_trip(name, saved, layout):
+    params = [nn.Parameter(p) for p in laid_out(saved["params"], layout)]
+    optimizer = grouped(name, params)
+    optimizer.load_state_dict(saved["optimizer"])
+    step(params, layout, optimizer, 3)
+    state = optimizer.state_dict()
+    values = {i: dict(zip(s, entire(s.values()), strict=True)) for i, s in state["state"].items()}
+    return {"params": entire(params), "optimizer": state | {"state": values}}
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_state_moves_between_layouts(name):
+    params = fresh("whole")
+    optimizer = grouped(name, params)
+    for number in range(3):
+        step(params, "whole", optimizer, number)
+    saved = {"params": entire(params), "optimizer": optimizer.state_dict()}
+    later = round_trip(name, ranks.run(3, round_trip, name, saved, "fsdp")[1], "whole")
+    for _ in range(2):
+        step(params, "whole", optimizer, 3)
+    for p, q in zip(params, later["params"], strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
+
+
+class Holder(nn.Module):
+    def __init__(self, layout):
+        super().__init__()
+        self.params = nn.ParameterList(fresh(layout))
+
+
+def averages(layout, loaded=None):
+    """Averages after some updates, what the model has while they are lent, and its own weights again."""
+    model = Holder(layout)
+    ema = WeightEMA(model, 0.9)
+    if loaded is not None:
+        ema.load_state_dict(loaded)
+    with CommDebugMode() as mode:
+        for number in range(3):
+            with torch.no_grad():
+                for p in model.params:
+                    to_local(p).mul_(1 + number)
+            ema.update()
+        with ema.averaged():
+            lent = [to_local(p).detach().clone() for p in model.params]
+    state = ema.state_dict()
+    found = dict(zip(state["averages"], entire(state["averages"].values()), strict=True))
+    assert mode.get_total_counts() == 0
+    assert all(torch.equal(a, to_local(b)) for a, b in zip(lent, state["averages"].values(), strict=True))
+    return state | {"averages": found}, entire(model.params)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_average(layout):
+    wanted, own = averages("whole")
+    onward, _ = averages("whole", wanted)
+    for found, weights in ranks.run(2, averages, layout):
+        assert found["updates"] == 3
+        for name, average in wanted["averages"].items():
+            assert torch.equal(found["averages"][name], average)
+        assert all(torch.equal(a, b) for a, b in zip(weights, own, strict=True))
+    found, _ = ranks.run(2, averages, layout, wanted)[1]
+    assert all(torch.equal(found["averages"][name], onward["averages"][name]) for name in onward["averages"])
