@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.distributed.ranks import free_port
 from tests.distributed.test_launch import PROGRAMS, finished, start
 
 
@@ -81,34 +82,34 @@ def test_twenty_kills(undisturbed, seed, options, tmp_path):
         check_that_nothing_was_lost(tmp_path, log, 10)
 
 
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
 @pytest.mark.slow
 def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(tmp_path):
     """Two agents stand for two hosts; the second one and its worker die, the first goes on alone, with the same batches."""
-    from tests.distributed.ranks import free_port
-
-    port = free_port()
-    hosts = [
-        start("--nproc", 1, "--nnodes", "1:2", "--rdzv", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1",
-              PROGRAMS / "train.py", tmp_path, 150, 0.1, start_new_session=True)
-        for _ in range(2)
-    ]  # fmt: skip
+    meeting = f"127.0.0.1:{free_port()}"
+    options = ("--nproc", 1, "--nnodes", "1:2", "--rdzv", meeting, "--local-addr", "127.0.0.1")
+    hosts = []
     try:
+        for _ in range(2):  # the first one has the meeting point
+            hosts.append(start(*options, PROGRAMS / "train.py", tmp_path, 150, 0.1))
+            time.sleep(1)
         until = time.monotonic() + 90
         while not any(entry[1] == 2 and entry[2] > 4 for entry in entries(tmp_path, 1)):
             assert time.monotonic() < until, "the two never came together"
             time.sleep(0.05)
-        lost = [e for e in entries(tmp_path, 1) if e[1] == 2][-1]
-        # Which agent is whose? The worker of rank 1 is a child of the one to die.
-        parent = int(Path(f"/proc/{lost[3]}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        victim = next(h for h in hosts if h.pid == parent)
-        survivor = next(h for h in hosts if h.pid != parent)
-        os.kill(victim.pid, signal.SIGKILL)
-        os.kill(lost[3], signal.SIGKILL)
-        code, _, err = finished(survivor, timeout=200)
+        both = [entries(tmp_path, rank)[-1][3] for rank in range(2)]
+        lost = next(pid for pid in both if parent(pid) == hosts[1].pid)
+        os.kill(hosts[1].pid, signal.SIGKILL)
+        os.kill(lost, signal.SIGKILL)
+        code, _, err = finished(hosts[0], timeout=200)
         assert code == 0, err
     finally:
         for host in hosts:
             host.kill()
+            host.communicate()
     log = entries(tmp_path, 0)
     worlds = [entry[1] for entry in log]
     assert worlds[-1] == 1

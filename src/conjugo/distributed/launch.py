@@ -50,7 +50,7 @@ def launch(
         command: arguments for the Python interpreter: ``["script.py", ...]`` or ``["-m", "module", ...]``.
         workers: workers on this host, at least 1; ``"auto"``: as many as it has GPUs, or CPU cores where there is none.
         nodes: hosts, a number; or ``"MIN:MAX"``: the job begins with and goes on with so many as there are.
-        rendezvous: ``"host:port"`` where the hosts meet, one of them; None for one host.
+        rendezvous: ``"host:port"`` where the hosts meet, one of them; None for one host. The job does not survive that host.
         local_address: how other hosts reach this one, where its name does not resolve.
         max_restarts: how often the workers are started anew after a failure, at least 0. A host that comes or goes does not
             count.
@@ -61,7 +61,7 @@ def launch(
 
     Raises:
         ValueError: an argument is out of its range.
-        ConnectionError: too few hosts came together within *timeout*.
+        ConnectionError: too few hosts came together within *timeout*, or the meeting point was lost.
     """
     local = _local_workers(workers)
     least, most = _nodes(nodes)
@@ -92,7 +92,7 @@ def _run_agent(
 ) -> int:
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousParameters, RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, RendezvousTimeoutError
     from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said better here
@@ -101,7 +101,8 @@ def _run_agent(
         local_address = local_address or "127.0.0.1"
         settings["is_host"] = True
     elif local_address is not None:
-        settings["is_host"] = rendezvous.rpartition(":")[0] == local_address
+        host, _, port = rendezvous.rpartition(":")
+        settings["is_host"] = host == local_address and _free(host, int(port))
     meeting = RendezvousParameters(
         backend="c10d",
         endpoint=rendezvous or "127.0.0.1:0",
@@ -133,6 +134,10 @@ def _run_agent(
     except RendezvousTimeoutError as error:
         raise ConnectionError(
             f"fewer than {least} hosts came together at {rendezvous} within {timeout:g} s (host {socket.gethostname()})"
+        ) from error
+    except RendezvousError as error:
+        raise ConnectionError(
+            f"the meeting point at {rendezvous or 'this host'} is lost: {error} (host {socket.gethostname()})"
         ) from error
     finally:
         handler.shutdown()
@@ -193,6 +198,17 @@ def _nodes(nodes: str) -> tuple[int, int]:
     least, most = (int(parts[0]), int(parts[-1])) if good else (0, 0)
     check(1 <= least <= most, "launch", "nodes", nodes, "a number >= 1, or 'MIN:MAX' with 1 <= MIN <= MAX")
     return least, most
+
+
+def _free(host: str, port: int) -> bool:
+    """Whether nobody listens there: no other agent on this host."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def _cores() -> int:
