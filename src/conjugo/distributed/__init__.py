@@ -6,6 +6,7 @@ of one. ``ParamSpace`` adds up over parameters wherever they lie. ``Checkpointer
 """
 
 from conjugo._space import ParamSpace
+from conjugo.distributed.batch_norm import average_statistics, sync_batch_norm, warn_of_small_micro_batch
 from conjugo.distributed.checkpoint import Checkpointer, PerRank, RandomState, export_step, export_weights
 from conjugo.distributed.environment import Env, init, rank, reported_errors, shutdown, where, world_size
 from conjugo.distributed.launch import launch
@@ -18,6 +19,7 @@ __all__ = [
     "ParamSpace",
     "PerRank",
     "RandomState",
+    "average_statistics",
     "export_step",
     "export_weights",
     "init",
@@ -27,6 +29,8 @@ __all__ = [
     "reported_errors",
     "share",
     "shutdown",
+    "sync_batch_norm",
+    "warn_of_small_micro_batch",
     "where",
     "world_size",
 ]
