@@ -62,6 +62,7 @@ def assert_same(result, expected) -> None:
         assert getattr(result, name) == getattr(expected, name)
 
 
+@pytest.mark.filterwarnings("ignore:batch norm sees 6 examples")
 @pytest.mark.parametrize("name", RUNS)
 def test_after_ctrl_c_the_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
     config = RUNS[name]

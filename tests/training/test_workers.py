@@ -1,6 +1,14 @@
 """Several workers train one model: the numbers of one worker, the same decisions on all, no worker left behind."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +16,11 @@ import torch
 from tests.distributed import ranks
 from tests.training.small_data import images, table
 
+from conjugo.distributed import Checkpointer
+from conjugo.errors import TrainingDiverged
 from conjugo.training import TrainConfig, Trainer, train
+from conjugo.training.data import Split
+from conjugo.training.metrics import read_metrics
 
 DIGITS = TrainConfig(optimizer="nlcg", lr=0.3, batch_size=128, steps=50, evaluations=2, threads=1)
 TABLE = TrainConfig(optimizer="nlcg", lr=0.2, batch_size=20, steps=12, evaluations=3, threads=1)
@@ -21,7 +33,7 @@ def whole(model: torch.nn.Module) -> list[torch.Tensor]:
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
 
 
-def trained(config: TrainConfig, name: str | None = None) -> dict[str, Any]:
+def trained(config: TrainConfig, name: str | None = None, **options: Any) -> dict[str, Any]:
     """What a rank sees: the losses of all steps and the end."""
     losses = []
     before = Trainer.train_step
@@ -33,7 +45,7 @@ def trained(config: TrainConfig, name: str | None = None) -> dict[str, Any]:
 
     Trainer.train_step = noted  # this process is for one test
     try:
-        result = train(config, data=None if name is None else DATA[name](), progress=False)
+        result = train(config, data=None if name is None else DATA[name](), progress=False, **options)
     finally:
         Trainer.train_step = before
     numbers = {key: value for key, value in result.to_dict().items() if key not in ("seconds", "images_per_second")}
@@ -102,3 +114,298 @@ def test_every_setting_gives_what_one_worker_gives(name, layout):
 def test_state_of_nlcg_in_slices():
     config = replace(NO_NORM, shard_state=True)
     assert_close(ranks.run(2, trained, config, "table"), trained(config, "table"))
+
+
+def statistics(config: TrainConfig) -> tuple[list[torch.Tensor], float | None]:
+    """The running statistics at the end of a run, and the loss with them."""
+    result = train(config, data=images())
+    return list(result.model.buffers()), result.loss
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_statistics_of_batch_norm_are_averaged_over_workers(parallel):
+    config = replace(IMAGES, parallel=parallel, lr=0.0, augment=False, precision="float32", batch_size=64)
+    (first, loss), (second, other_loss) = ranks.run(2, statistics, config)
+    assert loss == other_loss
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    alone = train(replace(config, micro_batch=32), data=images())  # the same halves, one after the other
+    for one, both in zip(alone.model.buffers(), first):
+        if one.is_floating_point():
+            torch.testing.assert_close(both, one, rtol=0.05, atol=0.02)
+
+
+def test_bfloat16_shards_train_with_batch_norm():
+    config = replace(IMAGES, precision="bfloat16", parallel="fsdp", ema=0.9, steps=4)
+    first, second = ranks.run(2, trained, config, "images")
+    assert first["losses"] == second["losses"]
+    assert first["train_loss"] < 0.8
+    assert {p.dtype for p in first["weights"]} == {torch.float32}
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 2}, "TrainConfig: batch_size must be at least 3, the number of workers, got 2"),
+        (
+            {"parallel": "hsdp", "shard_workers": 2},
+            "shard_workers must be a divisor of 3, the number of workers, got 2",
+        ),
+        ({"device": "cpu:0"}, "device must be without a number"),
+    ],
+)
+def test_what_does_not_go_with_three_workers(settings, message):
+    with pytest.raises(ranks.RankFailed, match=message) as failed:
+        ranks.run(3, trained, replace(TABLE, **settings), "table")
+    assert failed.value.kinds == dict.fromkeys(range(3), "ValueError")
+
+
+@pytest.mark.parametrize(
+    ("settings", "accepted"),
+    [
+        ({"parallel": "dp"}, "unknown parallel 'dp'"),
+        ({"shard_workers": 2}, "shard_workers must be None unless parallel is 'hsdp', got 2"),
+        ({"parallel": "hsdp", "shard_workers": 0}, "shard_workers must be an integer >= 1 or None, got 0"),
+        (
+            {"shard_state": True, "parallel": "fsdp"},
+            "shard_state must be False unless the optimizer is NLCG, under 'ddp'",
+        ),
+        ({"shard_state": True, "optimizer": "adamw"}, "shard_state must be False unless the optimizer is NLCG"),
+        ({"replica_check": -1}, "replica_check must be an integer >= 0, got -1"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, accepted):
+    with pytest.raises(ValueError, match=accepted):
+        TrainConfig(**settings)
+
+
+# Numbers that are not finite ------------------------------------------------------------------------------------------
+
+
+def poisoned(config: TrainConfig, rows: slice) -> dict[str, Any]:
+    """Some *rows* of the data are NaN: they come to one worker."""
+    data = table()
+    inputs = data.train.inputs.clone()
+    inputs[rows] = torch.nan
+    data = replace(data, train=Split(inputs, data.train.targets))
+    result = train(config, data=data, progress=False, stop_on_divergence=False)
+    with pytest.raises(TrainingDiverged, match="step 2: 2 steps in a row"):
+        train(replace(config, max_skipped=2, batch_size="full", micro_batch=None), data=data)
+    return {"skipped": result.skipped_steps, "weights": whole(result.model), "diverged": result.diverged}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("optimizer", ["nlcg", "momentum", "adamw", "lamb"])
+def test_nan_on_one_worker_is_skipped_by_all(optimizer, parallel):
+    results = ranks.run(2, poisoned, replace(TABLE, optimizer=optimizer, parallel=parallel), slice(0, 1))
+    for result in results:
+        assert not result["diverged"]
+        assert 0 < result["skipped"] < 12
+        assert all(w.isfinite().all() for w in result["weights"])
+    assert results[0]["skipped"] == results[1]["skipped"]
+    assert all(torch.equal(a, b) for a, b in zip(results[0]["weights"], results[1]["weights"]))
+
+
+# Interrupting and resuming --------------------------------------------------------------------------------------------
+
+
+def stopped(config: TrainConfig, name: str, out: Path, step: int, signum: int) -> str:
+    """The last rank gets a signal in *step*."""
+    before = Trainer.train_step
+
+    def signalled(self: Trainer) -> None:
+        if self.step == step - 1 and self.workers.rank == self.workers.size - 1:
+            os.kill(os.getpid(), signum)
+        before(self)
+
+    Trainer.train_step = signalled
+    try:
+        train(config, data=DATA[name](), out=out)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return repr(stop)
+    finally:
+        Trainer.train_step = before
+    return "not stopped"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_worker_stops_all_in_the_same_step(tmp_path, signum):
+    expected = {signal.SIGINT: "KeyboardInterrupt()", signal.SIGTERM: "SystemExit(143)"}[signum]
+    config = replace(TABLE, checkpoints=0)
+    assert ranks.run(3, stopped, config, "table", tmp_path, 7, signum) == [expected] * 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+RESUMED = {
+    "ddp": (replace(NO_NORM, ema=0.9), "table"),
+    "ddp, state in slices": (replace(NO_NORM, shard_state=True), "table"),
+    "ddp, adamw": (replace(NO_NORM, optimizer="adamw", asynchronous=True), "table"),
+    "fsdp": (replace(NO_NORM, parallel="fsdp", ema=0.9), "table"),
+    "fsdp, momentum": (replace(NO_NORM, parallel="fsdp", optimizer="momentum"), "table"),
+    "ddp, images": (replace(IMAGES, checkpoints=0), "images"),
+    "fsdp, images": (replace(IMAGES, checkpoints=0, parallel="fsdp"), "images"),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_as_many_workers_go_on_bit_for_bit(name, tmp_path):
+    config, data = RESUMED[name]
+    expected = ranks.run(2, trained, config, data)
+    ranks.run(2, stopped, config, data, tmp_path, config.steps // 2 + 1, signal.SIGINT)
+    resumed = ranks.run(2, resume, config, data, tmp_path)
+    for one, other in zip(resumed, expected):
+        assert all(torch.equal(a, b) for a, b in zip(one["weights"], other["weights"]))
+        assert {k: one[k] for k in ("curve", "loss", "train_loss")} == {
+            k: other[k] for k in ("curve", "loss", "train_loss")
+        }
+
+
+def resume(config: TrainConfig, name: str, out: Path) -> dict[str, Any]:
+    """The rest of a run."""
+    return trained(config, name, out=out, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*was saved by:UserWarning")
+@pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_other_workers_go_on_with_the_same_examples(first, then, tmp_path):
+    config = replace(IMAGES, model="mlp", steps=12, checkpoints=0)  # augmented
+    expected = trained(config, "images")
+    ranks.run(3, stopped, replace(config, parallel=first), "images", tmp_path / "a", 7, signal.SIGINT)
+    resumed = ranks.run(2, resume, replace(config, parallel=then), "images", tmp_path / "a")
+    assert_close(resumed, {**expected, "losses": expected["losses"][7:]}, rtol=1e-4)
+    ranks.run(2, stopped, replace(config, parallel=first), "images", tmp_path / "b", 7, signal.SIGINT)
+    alone = resume(config, "images", tmp_path / "b")
+    assert_close([alone], {**expected, "losses": expected["losses"][7:]}, rtol=1e-4)
+
+
+def random_numbers(config: TrainConfig, out: Path) -> list[float]:
+    """Go on from the checkpoint in *out*, and draw what a dropout layer would."""
+    trainer = Trainer(config, table())
+    checkpoints = Checkpointer(out)
+    if checkpoints.load_latest(**trainer.parts()) is None:
+        checkpoints.save(0, **trainer.parts())
+    return torch.rand(3).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*was saved by:UserWarning")
+def test_each_worker_has_random_numbers_of_its_own(tmp_path):
+    begun = ranks.run(2, random_numbers, TABLE, tmp_path)
+    assert begun[0] != begun[1]
+    assert ranks.run(2, random_numbers, TABLE, tmp_path) == begun
+    others = ranks.run(3, random_numbers, TABLE, tmp_path)
+    assert len({tuple(numbers) for numbers in others}) == 3
+    assert ranks.run(3, random_numbers, TABLE, tmp_path) == others
+
+
+# One worker fails -----------------------------------------------------------------------------------------------------
+
+
+def one_fails(config: TrainConfig) -> None:
+    """Rank 1 raises an exception in the fourth step."""
+    before = Trainer.train_step
+
+    def broken(self: Trainer) -> None:
+        if self.step == 3 and self.workers.rank == 1:
+            raise MemoryError("no more")
+        before(self)
+
+    Trainer.train_step = broken
+    train(config, data=table())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_others_do_not_wait_for_a_worker_that_failed(parallel):
+    began = time.monotonic()
+    with pytest.raises(ranks.RankFailed) as failed:
+        ranks.run(3, one_fails, replace(TABLE, parallel=parallel))
+    assert time.monotonic() - began < 20
+    assert failed.value.kinds[1] == "MemoryError"
+    assert set(failed.value.kinds) == {0, 1, 2}
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+COMMANDED = TrainConfig(epochs=60, evaluations=30, checkpoints=30, threads=1)
+WORDS = ["train", "--workers", "2", "--epochs", "60", "--evaluations", "30", "--checkpoints", "30", "--threads", "1"]
+
+
+def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "conjugo", *WORDS, *words]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process numbers of the workers."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [pid for pid in map(int, listed) if b"conjugo.cli._worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def assert_uninterrupted(run: Path) -> None:
+    """The result in *run* is that of workers that nothing happened to, bit for bit."""
+    result = json.loads((run / "result.json").read_text())
+    expected = ranks.run(2, trained, COMMANDED)[0]
+    for name in ("loss", "train_loss", "accuracy", "steps", "samples"):
+        assert result[name] == expected[name]
+    assert tuple(map(tuple, result["curve"])) == expected["curve"]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+
+
+@needs_proc
+def test_workers_by_command_survive_kill_9(tmp_path):
+    process = start("--out", "run", cwd=tmp_path)
+    wait_for(lambda: len(list((tmp_path / "run").glob("checkpoints/step-*"))) > 1, process)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
+    said, complained = process.communicate(timeout=120)
+    assert process.returncode == 0, complained
+    assert "on 2 workers" in said
+    assert said.count("run directory: run") == 1
+    assert "starting all workers anew (1 of 3)" in complained
+    assert "Traceback" not in complained
+    assert_uninterrupted(tmp_path / "run")
+
+
+@needs_proc
+@pytest.mark.slow
+def test_workers_by_command_go_on_after_ctrl_c(tmp_path):
+    process = start("--out", "run", cwd=tmp_path)
+    records = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: records.exists() and len(read_metrics(records)) > 1, process)
+    process.send_signal(signal.SIGINT)
+    _, complained = process.communicate(timeout=120)
+    assert process.returncode == 130, complained
+    assert f"to go on: conjugo {' '.join(WORDS)} --out run --resume" in complained
+    assert "Traceback" not in complained
+    again = start("--out", "run", cwd=tmp_path)
+    _, complained = again.communicate(timeout=120)
+    assert (again.returncode, complained.count("holds a run already")) == (2, 1)
+    resumed = start("--out", "run", "--resume", cwd=tmp_path)
+    _, complained = resumed.communicate(timeout=120)
+    assert (resumed.returncode, complained) == (0, "")
+    assert_uninterrupted(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_failures_that_would_repeat_are_not_repeated(tmp_path):
+    process = start("--out", "run", "--optimizer", "sgd", "--lr", "1e30", cwd=tmp_path)
+    _, complained = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert complained.count("not finite") == 1
+    assert len(complained.strip().splitlines()) == 1
+
+
+def test_small_micro_batches_are_warned_of_where_there_is_batch_norm():
+    with pytest.warns(UserWarning, match="batch norm sees 11 examples at a time"):
+        Trainer(replace(IMAGES, micro_batch=12), images())
+    Trainer(replace(IMAGES, micro_batch=12, model="mlp"), images())
+    Trainer(replace(IMAGES, batch_size=8), images())  # as asked for

@@ -138,5 +138,9 @@ class Guard:
         """Go on from saved counts and from the model's present buffers."""
         self.skipped = state_dict["skipped"]
         self._in_a_row = state_dict["in_a_row"]
+        self.keep_buffers()
+
+    def keep_buffers(self) -> None:
+        """Take the model's buffers for good as they are now."""
         for good, buffer in zip(self._good_buffers, self._buffers):
             good.copy_(buffer)

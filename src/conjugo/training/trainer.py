@@ -8,8 +8,8 @@ several share the work), `run` (what is written), `metrics` (what is shown).
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from conjugo.distributed import GlobalBatchSampler, PerRank, RandomState, micro_batches
+from conjugo.distributed import (
+    GlobalBatchSampler,
+    PerRank,
+    RandomState,
+    average_statistics,
+    micro_batches,
+    sync_batch_norm,
+    warn_of_small_micro_batch,
+)
 from conjugo.errors import TrainingDiverged, check
 from conjugo.optim import WeightEMA
 from conjugo.optim.schedules import ScheduleLR, WarmupCosine, WarmupPolynomial
@@ -38,11 +46,6 @@ from conjugo.training.workers import Workers, spread
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
 
 _EVALUATION_BATCH = 500
-try:
-    from conjugo.distributed import average_statistics, sync_batch_norm
-except ImportError:
-    average_statistics = lambda m: None
-    sync_batch_norm = lambda m: m
 
 
 def train(
@@ -153,6 +156,7 @@ class Trainer:
         self.bfloat16 = wanted[config.precision]
         if config.sync_batch_norm:
             self.model = sync_batch_norm(self.model)
+        self._look_at_batch_norm()
         self.spread = spread(
             self.model,
             config.parallel,
@@ -162,6 +166,14 @@ class Trainer:
             bfloat16=self.bfloat16,
         )
         self.forward = torch.compile(self.spread.forward) if config.compile else self.spread.forward
+
+    def _look_at_batch_norm(self) -> None:
+        """Warn if it is to see much less than a batch."""
+        size, workers = self.config.micro_batch or self.batch_size, self.workers.size
+        times = -(-self.batch_size // (workers * size))
+        examples = self.batch_size // times if self.config.sync_batch_norm else self.batch_size // (workers * times)
+        if examples < self.batch_size and self.workers.first:
+            warn_of_small_micro_batch(self.model, examples)
 
     def _feed(self, split: datasets.Split, augment: datasets.Augment | None, *, random: bool) -> Feed:
         return Feed(
@@ -287,18 +299,31 @@ class Trainer:
     def _save(self, run: RunDirectory) -> None:
         with self.clock.paused():
             self.guard.check()
-            average_statistics(self.model)
             # A step that was too long may have made weights infinite. Better a checkpoint from before that.
             if self.guard.space.isfinite(list(self.model.parameters())):
-                run.checkpoints.save(self.step, **self.parts())
+                parts = self.parts()
+                with self._averaged_statistics():
+                    run.checkpoints.save(self.step, **parts)
+
+    @contextmanager
+    def _averaged_statistics(self) -> Iterator[None]:
+        """Collective: inside, the running statistics of batch norm are averages over the workers, which have their own."""
+        if self.workers.size == 1:
+            yield
+            return
+        buffers = list(self.model.buffers())
+        own = [buffer.clone() for buffer in buffers]
+        average_statistics(self.model)
+        yield
+        if buffers:
+            torch._foreach_copy_(buffers, own)
 
     # What the run shows ----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Record:
         """Loss and accuracy on the test split now, with the averaged weights if there are any, and how training goes."""
         self.guard.check()
-        average_statistics(self.model)
-        with nullcontext() if self.ema is None else self.ema.averaged():
+        with self._averaged_statistics(), nullcontext() if self.ema is None else self.ema.averaged():
             loss, accuracy = self._test()
         samples, seconds = self.step * self.batch_size, self.clock.seconds
         record = {
@@ -336,7 +361,8 @@ class Trainer:
         return loss.float() / n, correct.item() / n
 
     def result(self, *, diverged: bool) -> TrainResult:
-        """The outcome, as the last evaluation saw it."""
+        """Collective: the outcome, as the last evaluation saw it. The statistics of batch norm become those of all workers."""
+        average_statistics(self.model)
         last = self.history[-1]
         return TrainResult(
             steps=self.step,
@@ -364,7 +390,7 @@ class Trainer:
             "guard": self.guard,
             "sampler": self.sampler,
             "trainer": self,
-            "random": PerRank(RandomState()),
+            "worker": PerRank(_OwnState(self.model, self.guard)),
         }
         return parts if self.ema is None else {**parts, "ema": self.ema}
 
@@ -393,6 +419,24 @@ class Trainer:
         """Give this worker random numbers of its own for the rest of the run."""
         source = (self.config.seed, self.workers.rank, self.step * self.batch_size)
         torch.manual_seed(int(np.random.SeedSequence(source).generate_state(1)[0]))
+
+
+class _OwnState:
+    """What each worker has for itself: random numbers, and running statistics of batch norm."""
+
+    def __init__(self, model: nn.Module, guard: Guard) -> None:
+        self._buffers = list(model.buffers())
+        self._values = [buffer.clone() for buffer in self._buffers]
+        self._guard = guard
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": RandomState().state_dict(), "buffers": self._values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        RandomState().load_state_dict(state["random"])
+        for buffer, value in zip(self._buffers, state["buffers"], strict=True):
+            buffer.copy_(value)
+        self._guard.keep_buffers()
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:

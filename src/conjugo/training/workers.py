@@ -64,7 +64,7 @@ class Replicas:
         self.forward: Callable[..., Any] = model
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         if workers.size > 1:
-            wrapper = nn.parallel.DistributedDataParallel
+            wrapper: Any = nn.parallel.DistributedDataParallel
             # Buffers (running statistics of batch norm) are averaged where they are looked at, not copied from rank 0.
             new_name, old_name = "forward_sync_buffers", "broadcast_buffers"  # which is deprecated since PyTorch 2.13
             name = new_name if new_name in inspect.signature(wrapper.__init__).parameters else old_name
@@ -87,9 +87,11 @@ class Shards:
         if bfloat16:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for unit in [*_blocks(model), model]:
-            norms = [m for m in unit.modules() if isinstance(m, _BatchNorm) and not hasattr(m, "unshard")]
+            norms: list[nn.Module] = [
+                m for m in unit.modules() if isinstance(m, _BatchNorm) and not hasattr(m, "unshard")
+            ]
             if bfloat16 and norms and norms != [unit]:  # batch norm wants parameters of the type of its statistics
-                fully_shard(norms, mesh=mesh)  # type: ignore[call-overload]
+                fully_shard(norms, mesh=mesh)
             # Also the outermost one gives its whole parameters back after a forward pass: they may be others in the next,
             # when averaged weights were evaluated.
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -132,7 +134,8 @@ def spread(
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The parts of *model* whose parameters are gathered together: blocks of a residual network, layers of others."""
     for child in model.children():
-        composite = isinstance(child, nn.Sequential) and any(next(part.children(), None) for part in child)
-        for part in child if composite else [child]:
+        parts = list(child.children()) if isinstance(child, nn.Sequential) else []
+        composite = any(next(part.children(), None) is not None for part in parts)
+        for part in parts if composite else [child]:
             if any(p.ndim > 1 for p in part.parameters()):  # a norm layer alone stays with the model itself
                 yield part
