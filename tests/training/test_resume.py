@@ -83,10 +83,10 @@ def test_after_ctrl_c_the_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
 def test_dropout_goes_on_where_it_was(tmp_path):
     first = Trainer(TABLE, table())
     first.train_step()
-    assert Checkpointer(tmp_path).save(1, **first.parts())
+    assert Checkpointer(tmp_path).save(1, **first.stateful())
     expected = torch.rand(5)
     second = Trainer(TABLE, table())
-    assert Checkpointer(tmp_path).load_latest(**second.parts()) == 1
+    assert Checkpointer(tmp_path).load_latest(**second.stateful()) == 1
     assert torch.equal(torch.rand(5), expected)
 
 

@@ -284,8 +284,8 @@ def random_numbers(config: TrainConfig, out: Path) -> list[float]:
     """Go on from the checkpoint in *out*, and draw what a dropout layer would."""
     trainer = Trainer(config, table())
     checkpoints = Checkpointer(out)
-    if checkpoints.load_latest(**trainer.parts()) is None:
-        checkpoints.save(0, **trainer.parts())
+    if checkpoints.load_latest(**trainer.stateful()) is None:
+        checkpoints.save(0, **trainer.stateful())
     return torch.rand(3).tolist()
 
 

@@ -92,7 +92,8 @@ class Guard:
         self._seen.append(self._optimizer.skipped_steps.clone())  # type: ignore[attr-defined]
 
     def _step_if_finite(self, loss: Tensor) -> None:
-        norms = torch._foreach_norm([self.space.local(p.grad) for p in self._params if p.grad is not None])
+        grads = [p.grad for p in self._params if p.grad is not None]
+        norms = torch._foreach_norm([self.space.local(g) for g in grads] if self.space.sharded else grads)
         total = torch.stack([*norms, loss.to(norms[0].dtype)]).sum()  # finite if all gradients and the loss are
         if self.space.sharded:
             total = self.space.mean(total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from conjugo.distributed import (
     PerRank,
     RandomState,
     average_statistics,
+    gradient_sync,
     micro_batches,
     sync_batch_norm,
     warn_of_small_micro_batch,
@@ -119,7 +120,12 @@ class Trainer:
         self.train_data = self._feed(data.train, augment, random=config.augment)
         self.test_data = self._feed(data.test, augment, random=False)
         self.sampler = GlobalBatchSampler(n, batch_size, seed=config.seed)
+        rows = torch.arange(batch_size)
+        shares = micro_batches(rows, self.workers.rank, self.workers.size, size=config.micro_batch)
+        self.parts = [(slice(int(part[0]), int(part[-1]) + 1), count) for part, count in zip(*shares, strict=True)]
+        """This worker's micro-batches: rows of a batch, and how many of them count."""
 
+        self._look_at_batch_norm()
         self.optimizer = _optimizer(config, self.model)
         self.schedule = _schedule(config, self.optimizer, self.steps)
         self.guard = Guard(
@@ -156,7 +162,6 @@ class Trainer:
         self.bfloat16 = wanted[config.precision]
         if config.sync_batch_norm:
             self.model = sync_batch_norm(self.model)
-        self._look_at_batch_norm()
         self.spread = spread(
             self.model,
             config.parallel,
@@ -165,13 +170,12 @@ class Trainer:
             shard_workers=config.shard_workers,
             bfloat16=self.bfloat16,
         )
-        self.forward = torch.compile(self.spread.forward) if config.compile else self.spread.forward
+        self.forward = torch.compile(self.spread) if config.compile else self.spread
 
     def _look_at_batch_norm(self) -> None:
         """Warn if it is to see much less than a batch."""
-        size, workers = self.config.micro_batch or self.batch_size, self.workers.size
-        times = -(-self.batch_size // (workers * size))
-        examples = self.batch_size // times if self.config.sync_batch_norm else self.batch_size // (workers * times)
+        together = self.workers.size if self.config.sync_batch_norm else 1
+        examples = together * min(rows.stop - rows.start for rows, _ in self.parts)
         if examples < self.batch_size and self.workers.first:
             warn_of_small_micro_batch(self.model, examples)
 
@@ -189,16 +193,15 @@ class Trainer:
 
     def train_step(self) -> None:
         """Draw a batch, sum the gradients of its micro-batches, and take one step of the optimizer."""
-        workers, batch = self.workers, self.train_data.draw(next(self.sampler))
-        parts, counts = micro_batches(batch, workers.rank, workers.size, size=self.config.micro_batch)
+        batch = self.train_data.draw(next(self.sampler))
         self.optimizer.zero_grad()
         losses: list[Tensor] = []
-        with self.statistics.following(self.step, updates=len(parts)):
-            for k, (part, count) in enumerate(zip(parts, counts), start=1):
-                with self.spread.part(last=k == len(parts)):
-                    loss = self.loss(*self.train_data.take(part))
+        with self.statistics.following(self.step, updates=len(self.parts)):
+            for rows, count in self.parts:
+                with self._syncing(last=len(losses) + 1 == len(self.parts)):
+                    loss = self.loss(*self.train_data.take(batch[rows]))
                     # Gradients are averaged over the workers: so every example of the batch has the same weight.
-                    weight = workers.size * count / len(batch)
+                    weight = self.workers.size * count / self.batch_size
                     if weight != 1:
                         loss = loss * weight
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -211,6 +214,10 @@ class Trainer:
         self.schedule.step()
         if self.ema is not None:
             self.ema.update()
+
+    def _syncing(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch: the workers add up their gradients in the last one."""
+        return nullcontext() if self.workers.size == 1 else gradient_sync(self.spread, last=last)
 
     def _of_all_workers(self, loss: Tensor) -> Tensor:
         """Collective: the mean of *loss* over the workers. Whether one of them is asked to stop travels with it."""
@@ -251,7 +258,7 @@ class Trainer:
         Arguments and exceptions as those of :func:`train`.
         """
         if run is not None:
-            run.restore(self.parts())
+            run.restore(self.stateful())
             run.show(self.config, self.history)
         with (
             Display(self.steps, done=self.step, show=progress if self.workers.first else False) as display,
@@ -301,9 +308,9 @@ class Trainer:
             self.guard.check()
             # A step that was too long may have made weights infinite. Better a checkpoint from before that.
             if self.guard.space.isfinite(list(self.model.parameters())):
-                parts = self.parts()
+                stateful = self.stateful()
                 with self._averaged_statistics():
-                    run.checkpoints.save(self.step, **parts)
+                    run.checkpoints.save(self.step, **stateful)
 
     @contextmanager
     def _averaged_statistics(self) -> Iterator[None]:
@@ -381,7 +388,7 @@ class Trainer:
 
     # Resuming --------------------------------------------------------------------------------------------------------
 
-    def parts(self) -> dict[str, Any]:
+    def stateful(self) -> dict[str, Any]:
         """All that the rest of the run depends on, for a :class:`~conjugo.distributed.Checkpointer`."""
         parts = {
             "model": self.model,
@@ -395,7 +402,7 @@ class Trainer:
         return parts if self.ema is None else {**parts, "ema": self.ema}
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run has come, as far as its other :meth:`parts` do not know: tensors and plain values."""
+        """How far the run has come, as far as the other parts in :meth:`stateful` do not know: tensors and plain values."""
         return {
             "step": self.step,
             "history": self.history,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from conjugo.distributed import rank, world_size
 from conjugo.errors import check
 from conjugo.training.config import Parallel
 
-__all__ = ["Replicas", "Shards", "Workers", "spread"]
+__all__ = ["Workers", "spread"]
 
 T = TypeVar("T")
 
@@ -57,54 +56,6 @@ class Workers:
         return values
 
 
-class Replicas:
-    """A model that is whole on every worker (DDP, or one worker)."""
-
-    def __init__(self, model: nn.Module, device: torch.device, workers: Workers) -> None:
-        self.forward: Callable[..., Any] = model
-        self._ddp: nn.parallel.DistributedDataParallel | None = None
-        if workers.size > 1:
-            wrapper: Any = nn.parallel.DistributedDataParallel
-            # Buffers (running statistics of batch norm) are averaged where they are looked at, not copied from rank 0.
-            new_name, old_name = "forward_sync_buffers", "broadcast_buffers"  # which is deprecated since PyTorch 2.13
-            name = new_name if new_name in inspect.signature(wrapper.__init__).parameters else old_name
-            ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-            self._ddp = wrapper(model, device_ids=ids, **{name: False})
-            self.forward = self._ddp
-
-    def part(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward pass of a micro-batch: gradients are added up over the workers in the last one."""
-        return nullcontext() if last or self._ddp is None else self._ddp.no_sync()
-
-
-class Shards:
-    """A model whose parameters are cut into shards (FSDP2, HSDP): DTensors, gathered block by block when needed."""
-
-    def __init__(self, model: nn.Module, mesh: Any, *, bfloat16: bool) -> None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        policy = MixedPrecisionPolicy()
-        if bfloat16:
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for unit in [*_blocks(model), model]:
-            norms: list[nn.Module] = [
-                m for m in unit.modules() if isinstance(m, _BatchNorm) and not hasattr(m, "unshard")
-            ]
-            if bfloat16 and norms and norms != [unit]:  # batch norm wants parameters of the type of its statistics
-                fully_shard(norms, mesh=mesh)
-            # Also the outermost one gives its whole parameters back after a forward pass: they may be others in the next,
-            # when averaged weights were evaluated.
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        self.forward: Callable[..., Any] = model
-        self._model: Any = model
-
-    @contextmanager
-    def part(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward pass of a micro-batch: gradients are added up over the workers in the last one."""
-        self._model.set_requires_gradient_sync(last)
-        yield
-
-
 def spread(
     model: nn.Module,
     parallel: Parallel,
@@ -113,22 +64,51 @@ def spread(
     device: torch.device,
     shard_workers: int | None,
     bfloat16: bool,
-) -> Replicas | Shards:
-    """Collective: spread *model* over the workers, in place; its parameters may be others afterwards.
+) -> nn.Module:
+    """Collective: spread *model* over the workers; gives the module to call, *model* itself or a wrapper.
 
-    Raises ValueError for *shard_workers* that do not divide the number of workers.
+    With ``"ddp"`` each worker keeps the whole model. With ``"fsdp"`` and ``"hsdp"`` its parameters become shards (DTensors),
+    gathered block by block when they are needed. Raises ValueError for *shard_workers* that is no divisor of the workers.
     """
-    if parallel == "ddp" or workers.size == 1:
-        return Replicas(model, device, workers)
+    if workers.size == 1:
+        return model
+    if parallel == "ddp":
+        return _replicate(model, device)
     from torch.distributed.device_mesh import init_device_mesh
 
     if parallel == "fsdp":
-        return Shards(model, init_device_mesh(device.type, (workers.size,)), bfloat16=bfloat16)
+        return _shard(model, init_device_mesh(device.type, (workers.size,)), bfloat16=bfloat16)
     shard = shard_workers or int(os.environ.get("LOCAL_WORLD_SIZE", workers.size))
     accepted = f"a divisor of {workers.size}, the number of workers"
     check(workers.size % shard == 0, "TrainConfig", "shard_workers", shard, accepted)
     mesh = init_device_mesh(device.type, (workers.size // shard, shard), mesh_dim_names=("replicate", "shard"))
-    return Shards(model, mesh, bfloat16=bfloat16)
+    return _shard(model, mesh, bfloat16=bfloat16)
+
+
+def _replicate(model: nn.Module, device: torch.device) -> nn.Module:
+    ddp: Any = nn.parallel.DistributedDataParallel
+    # Buffers (running statistics of batch norm) are averaged where they are looked at, not copied from rank 0.
+    new_name, old_name = "forward_sync_buffers", "broadcast_buffers"  # which is deprecated since PyTorch 2.13
+    name = new_name if new_name in inspect.signature(ddp.__init__).parameters else old_name
+    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+    wrapper: nn.Module = ddp(model, device_ids=ids, **{name: False})
+    return wrapper
+
+
+def _shard(model: nn.Module, mesh: Any, *, bfloat16: bool) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy()
+    if bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in [*_blocks(model), model]:
+        norms: list[nn.Module] = [m for m in unit.modules() if isinstance(m, _BatchNorm) and not hasattr(m, "unshard")]
+        if bfloat16 and norms:  # batch norm wants parameters of the type of its statistics
+            fully_shard(norms, mesh=mesh)
+        # Also the outermost one gives its whole parameters back after a forward pass: they may be others in the next, when
+        # averaged weights were evaluated.
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return model
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
