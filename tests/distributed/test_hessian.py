@@ -42,7 +42,7 @@ def exact():
 
 
 def products(layout, mode, dtype):
-    model = wrapped(layout).to(dtype)
+    model = wrapped(layout, dtype)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     x, y = (share(t, rank, world) for t in examples(8))
     part = x.to(dtype), y

@@ -28,8 +28,8 @@ def examples(n=8, seed=1):
     return torch.randn(n, 4, generator=g, dtype=torch.float64), torch.randint(3, (n,), generator=g)
 
 
-def wrapped(layout, **options):
-    model = network(**options)
+def wrapped(layout, dtype=torch.float64, **options):
+    model = network(**options).to(dtype)
     if layout == "ddp":
         return DistributedDataParallel(model)
     if layout in ("fsdp", "hsdp"):
