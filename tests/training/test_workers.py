@@ -102,13 +102,24 @@ LAYOUTS = {
 }
 
 
+def all_trained(runs: list[tuple[TrainConfig, str]]) -> list[dict[str, Any]]:
+    """Several runs in a row, for which the workers are started once."""
+    return [trained(config, name) for config, name in runs]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    """What one worker makes of the hard cases."""
+    return {name: trained(config, data) for name, (config, data) in HARD.items()}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", HARD)
-def test_every_setting_gives_what_one_worker_gives(name, layout):
-    config, data = HARD[name]
-    world = 4 if layout == "hsdp" else 3
-    expected = trained(config, data)
-    assert_close(ranks.run(world, trained, replace(config, **LAYOUTS[layout]), data), expected, rtol=1e-4)
+def test_every_setting_gives_what_one_worker_gives(layout, alone):
+    runs = [(replace(config, **LAYOUTS[layout]), data) for config, data in HARD.values()]
+    by_rank = ranks.run(4 if layout == "hsdp" else 3, all_trained, runs)
+    for name, *results in zip(HARD, *by_rank):
+        print(name)
+        assert_close(results, alone[name], rtol=1e-4)
 
 
 def test_state_of_nlcg_in_slices():
@@ -196,16 +207,21 @@ def poisoned(config: TrainConfig, rows: slice) -> dict[str, Any]:
     return {"skipped": result.skipped_steps, "weights": whole(result.model), "diverged": result.diverged}
 
 
+def all_poisoned(configs: list[TrainConfig]) -> list[dict[str, Any]]:
+    """Several runs in a row."""
+    return [poisoned(config, slice(0, 1)) for config in configs]
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("optimizer", ["nlcg", "momentum", "adamw", "lamb"])
-def test_nan_on_one_worker_is_skipped_by_all(optimizer, parallel):
-    results = ranks.run(2, poisoned, replace(TABLE, optimizer=optimizer, parallel=parallel), slice(0, 1))
-    for result in results:
-        assert not result["diverged"]
-        assert 0 < result["skipped"] < 12
-        assert all(w.isfinite().all() for w in result["weights"])
-    assert results[0]["skipped"] == results[1]["skipped"]
-    assert all(torch.equal(a, b) for a, b in zip(results[0]["weights"], results[1]["weights"]))
+def test_nan_on_one_worker_is_skipped_by_all(parallel):
+    optimizers = ["nlcg", "momentum", "adamw", "lamb"]
+    configs = [replace(TABLE, optimizer=optimizer, parallel=parallel) for optimizer in optimizers]
+    for first, second in zip(*ranks.run(2, all_poisoned, configs)):
+        assert first["skipped"] == second["skipped"]
+        assert 0 < first["skipped"] < 12
+        assert not first["diverged"]
+        assert all(w.isfinite().all() for w in first["weights"])
+        assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"]))
 
 
 # Interrupting and resuming --------------------------------------------------------------------------------------------
