@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
-__all__ = ["CorruptFile", "DataUnavailable", "TrainingDiverged", "UnknownName", "check", "unknown"]
+__all__ = ["CorruptFile", "DataUnavailable", "ReplicasDiffer", "TrainingDiverged", "UnknownName", "check", "unknown"]
 
 
 class UnknownName(ValueError):
@@ -23,6 +23,10 @@ class CorruptFile(RuntimeError):
 
 class DataUnavailable(RuntimeError):
     """Data that is neither on this machine nor may be downloaded; the message says how to get it."""
+
+
+class ReplicasDiffer(RuntimeError):
+    """Workers that should hold the same parameters do not: memory, a chip or a program has failed on one of them."""
 
 
 class TrainingDiverged(RuntimeError):
