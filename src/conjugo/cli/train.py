@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from conjugo.cli._arguments import Switch, as_yaml, merge_file, option, parse
@@ -68,11 +67,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _start_workers(argv: Sequence[str], arguments: Arguments) -> int:
-    """The workers always resume: the elastic agent starts them anew after a failure."""
+    """Make the folder's name, and complain, once for all workers."""
     out = arguments.out or _new_folder(arguments.train)
     if not arguments.resume and (out / "config.json").exists():
         raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
-    words = [*argv, *([] if arguments.out else ["--out", str(out)]), *([] if arguments.resume else ["--resume"])]
+    words = [*argv, *([] if arguments.out else ["--out", str(out)])]
     return run_workers(["train", *words], workers=arguments.workers)
 
 
@@ -80,15 +79,14 @@ def _work(argv: Sequence[str], arguments: Arguments) -> int:
     """Train, alone or as one of several workers."""
     config = arguments.train
     kind = config.device.partition(":")[0]
-    env = init(device=kind if kind in ("cpu", "cuda") else None)
+    init(device=kind if kind in ("cpu", "cuda") else None)
     workers = Workers()
     if not workers.first:
         warnings.simplefilter("ignore")  # rank 0 says it
     out = arguments.out or workers.on_first(lambda: _new_folder(config))
-    restarted = bool(workers.sum(torch.tensor(env.restart_count)))  # a host that has joined now knows of no restart
     try:
         with reported_errors():
-            result = train(config, out=out, resume=arguments.resume or restarted)
+            result = train(config, out=out, resume=arguments.resume)
     except (KeyboardInterrupt, SystemExit) as stop:
         shutdown()
         if workers.first:

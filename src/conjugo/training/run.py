@@ -38,7 +38,10 @@ class RunDirectory:
     Every file is whole at any moment: written aside, synced, renamed. Of several workers, which must all see the folder, rank
     0 writes everything but the checkpoints. All methods but :meth:`record` are collective, and so is the constructor.
 
-    Raises FileExistsError if there is a run and *resume* is not set, ValueError if the run there has another
+    Workers that an elastic agent (torchrun, conjugo launch) starts anew, because one failed or a host came or went, resume also
+    where *resume* is not set.
+
+    Raises FileExistsError if there is a run otherwise, ValueError if the run there has another
     configuration (the message names the differences), CorruptFile if its configuration cannot be read.
     """
 
@@ -47,16 +50,24 @@ class RunDirectory:
         self._config_path = folder / "config.json"
         self._workers = Workers()
         self._sinks: list[Sink] = []
-        self._workers.on_first(lambda: self._open(config, resume))
+        launchers = self._workers.launchers()
+        self._workers.on_first(lambda: self._open(config, resume, launchers))
         self.checkpoints = Checkpointer(folder / "checkpoints", keep=config.keep, asynchronous=config.asynchronous)
 
-    def _open(self, config: TrainConfig, resume: bool) -> None:
+    def _open(self, config: TrainConfig, resume: bool, launchers: list[str]) -> None:
         if self._config_path.exists():
-            self._check_resumable(config, resume)
+            self._check_resumable(config, resume or self._was_started_by(launchers))
         self.folder.mkdir(parents=True, exist_ok=True)
         found = environment(choose_device(config.device))
-        self._write("environment.json", {**found, "workers": self._workers.size})
+        self._write("environment.json", {**found, "workers": self._workers.size, "launchers": launchers})
         self._write("config.json", config.to_dict())
+
+    def _was_started_by(self, launchers: list[str]) -> bool:
+        try:
+            before = json.loads((self.folder / "environment.json").read_bytes())["launchers"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return not set(before).isdisjoint(launchers)
 
     def _check_resumable(self, config: TrainConfig, resume: bool) -> None:
         if not resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -48,6 +49,16 @@ class Workers:
             raise outcome[1]
         given: T = outcome[0]
         return given
+
+    def launchers(self) -> list[str]:
+        """Collective: the elastic agents that have started the workers, each called the same as long as it runs."""
+        own = os.environ.get("TORCHELASTIC_RUN_ID")
+        name = None if own is None else f"{own}, process {os.getppid()} on {socket.gethostname()}"
+        names = [name]
+        if self.size > 1:
+            names = [None] * self.size
+            dist.all_gather_object(names, name)
+        return sorted({name for name in names if name is not None})
 
     def sum(self, values: Tensor) -> Tensor:
         """Collective: *values*, each added up over all ranks; the same bits on all."""
