@@ -20,7 +20,7 @@ from typing import Literal
 __all__ = ["LOST", "run_workers"]
 
 LOST = 75  # EX_TEMPFAIL
-"""Exit code of a worker whose connection to the others broke: they may be started anew."""
+"""Exit code of a worker where starting all anew from the last checkpoint may help: others are gone, or memory was damaged."""
 
 _OUTCOME = "CONJUGO_OUTCOME"
 _PATIENCE = 2.0  # seconds to wait for rank 0
@@ -58,7 +58,7 @@ def _main(argv: Sequence[str]) -> int:
     until = time.monotonic() + (0 if code == LOST else _PATIENCE)
     while code and not outcome.exists() and time.monotonic() < until:
         time.sleep(0.05)
-    if code and not (outcome.exists() and outcome.read_text() == str(code)):
+    if code == LOST or (code and not (outcome.exists() and outcome.read_text() == str(code))):
         sys.stderr.write(said.getvalue())
         return code
     return 0

@@ -17,7 +17,7 @@ import tyro
 from conjugo.cli._arguments import Switch, as_yaml, merge_file, option, parse
 from conjugo.cli._worker import LOST, run_workers
 from conjugo.distributed import init, reported_errors, shutdown, where
-from conjugo.errors import TrainingDiverged, check
+from conjugo.errors import ReplicasDiffer, TrainingDiverged, check
 from conjugo.training import TrainConfig, TrainResult, train
 from conjugo.training.workers import Workers
 
@@ -99,6 +99,11 @@ def _work(argv: Sequence[str], arguments: Arguments) -> int:
         if workers.first:
             raise
         return 1
+    except ReplicasDiffer as error:  # on all workers alike; the last checkpoint is from before that
+        shutdown()
+        if workers.first:
+            print(f"conjugo: error: {error}", file=sys.stderr)
+        return LOST
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _BROKEN):
             raise

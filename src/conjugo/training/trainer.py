@@ -24,6 +24,8 @@ from conjugo.distributed import (
     GlobalBatchSampler,
     PerRank,
     RandomState,
+    ReplicaCheck,
+    StragglerMonitor,
     average_statistics,
     gradient_sync,
     micro_batches,
@@ -137,6 +139,9 @@ class Trainer:
         )
         self.ema = None if config.ema is None else WeightEMA(self.model, config.ema)
         self.statistics = RunningStatistics(self.model)
+        self.stragglers = StragglerMonitor(device=self.device) if self.workers.size > 1 else None
+        watched = self.workers.size > 1 and config.replica_check > 0
+        self.replicas = ReplicaCheck(self.model, every=config.replica_check) if watched else None
 
         self.step = 0
         self._interrupted: Callable[[], int] = _never
@@ -199,7 +204,8 @@ class Trainer:
         with self.statistics.following(self.step, updates=len(self.parts)):
             for rows, count in self.parts:
                 with self._syncing(last=len(losses) + 1 == len(self.parts)):
-                    loss = self.loss(*self.train_data.take(batch[rows]))
+                    with self._measured():
+                        loss = self.loss(*self.train_data.take(batch[rows]))
                     # Gradients are averaged over the workers: so every example of the batch has the same weight.
                     weight = self.workers.size * count / self.batch_size
                     if weight != 1:
@@ -214,6 +220,14 @@ class Trainer:
         self.schedule.step()
         if self.ema is not None:
             self.ema.update()
+        if self.stragglers is not None:
+            self.stragglers.after_step()
+        if self.replicas is not None:
+            self.replicas.after_step()
+
+    def _measured(self) -> AbstractContextManager[None]:
+        """Around what each worker computes without waiting for others (but with shards also its forward pass waits)."""
+        return nullcontext() if self.stragglers is None else self.stragglers.computing()
 
     def _syncing(self, *, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: the workers add up their gradients in the last one."""
@@ -295,6 +309,10 @@ class Trainer:
                     self._save(run)
                 if stop:
                     interrupt(stop)
+        if self.stragglers is not None:
+            self.stragglers.finish()
+        if self.replicas is not None:
+            self.replicas.compare()
 
     def _evaluate(self, run: RunDirectory | None, display: Display) -> None:
         with self.clock.paused():
@@ -306,6 +324,8 @@ class Trainer:
     def _save(self, run: RunDirectory) -> None:
         with self.clock.paused():
             self.guard.check()
+            if self.replicas is not None:
+                self.replicas.compare()  # a checkpoint is to be good
             # A step that was too long may have made weights infinite. Better a checkpoint from before that.
             if self.guard.space.isfinite(list(self.model.parameters())):
                 stateful = self.stateful()
