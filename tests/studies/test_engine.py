@@ -3,7 +3,7 @@ from tests.studies.stand_ins import config, pretend
 
 from conjugo.studies import compare
 from conjugo.studies.engine import _duration
-from conjugo.studies.workers import Workers
+from conjugo.studies.executors import Teams
 
 
 def test_cells_are_finished_one_after_the_other():
@@ -36,10 +36,10 @@ def test_durations(seconds, text):
 def test_a_worker_that_dies_between_tasks_is_noticed_and_replaced():
     plan = compare(config(trials=1, seeds=1, optimizers=("momentum",), batch_sizes=(16,)), run=pretend)
     task = plan.runs[0].task
-    with Workers(_accuracy_of_lr, jobs=1, threads=1) as pool:
+    with Teams(_accuracy_of_lr, jobs=1, threads=1) as pool:
         pool.submit(task)
         assert pool.next() == (task, task.lr)
-        process, _ = pool._idle[0]
+        process, _ = pool._idle[0].members[0]
         process.kill()
         process.join()
         pool.submit(task)

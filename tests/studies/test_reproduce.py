@@ -400,6 +400,7 @@ TINY = CifarPlan(
 )
 
 
+@pytest.mark.filterwarnings("ignore:batch norm sees 8 examples")
 def test_resnet_dry(tmp_path):
     def run(plan, task):
         return nlcg_cifar.run_on(plan, task, synthetic())

@@ -32,7 +32,7 @@ class Arguments:
     Args:
         compare: the comparison.
         out: Run directory; by default a new one in ./runs.
-        jobs: Training runs at the same time, a process each.
+        jobs: Training runs at the same time, each in --workers processes.
         resume: Go on with the comparison in --out; what is done is not done again.
         preset: Begin with a ready comparison: demo or cifar10. Other arguments override it.
         config: Begin with a file (YAML, JSON or TOML). Other arguments override it.

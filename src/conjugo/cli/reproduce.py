@@ -25,7 +25,8 @@ class Arguments:
         name: Which result: nlcg.
         scale: cpu takes minutes, gpu needs one GPU, full says what the original experiment would take.
         out: Folder for results and figures; by default runs/reproduce-NAME-SCALE.
-        jobs: Training runs at the same time, a process each.
+        jobs: Training runs at the same time.
+        workers: Processes that share each training run.
         resume: Go on with what is in --out; what is done is not done again.
         force: Run it on a machine that is too slow for it all the same.
     """
@@ -34,6 +35,7 @@ class Arguments:
     scale: Literal["cpu", "gpu", "full"] = "cpu"
     out: Path | None = None
     jobs: int = 1
+    workers: int = 1
     resume: Switch = False
     force: Switch = False
 
@@ -50,6 +52,7 @@ def run(argv: Sequence[str]) -> int:
             scale=arguments.scale,
             out=out,
             jobs=arguments.jobs,
+            workers=arguments.workers,
             resume=arguments.resume,
             force=arguments.force,
         )

@@ -57,7 +57,8 @@ def compare(
     """Compare optimizers over batch sizes; the module's docstring tells the protocol.
 
     out: run directory; receives config.json, journal.jsonl (every run as it ends), tuning.sqlite3 (Optuna's studies),
-    results.json, results.csv, plots and report.html. None writes nothing. jobs: parallel processes (1: this one).
+    results.json, results.csv, plots and report.html. None writes nothing. jobs: runs at the same time, each
+    in a process of its own (1 with ``config.workers`` 1: in this one) or in ``config.workers`` of them.
     resume: continue the comparison in *out*: what is in its journal is not done again, and the result is that of the
     uninterrupted comparison. progress: None shows a bar if standard error is a terminal.
 
@@ -89,6 +90,7 @@ def _plans(config: CompareConfig, num_train: int) -> list[TunedCell]:
     sizes = sorted({num_train if size == "full" else size for size in config.batch_sizes})
     accepted = f"at most the {num_train} training examples, or 'full'"
     check(sizes[-1] <= num_train, "compare", "batch_sizes", sizes[-1], accepted)
+    check(sizes[0] >= config.workers, "compare", "batch_sizes", sizes[0], f"at least {config.workers}, the workers")
     return [
         TunedCell(Contender.from_catalogue(name), size, config.trials, config.seeds, config.seed)
         for size in sizes
@@ -125,6 +127,8 @@ def _execute(
             journal,
             jobs=jobs,
             threads=config.threads,
+            workers=config.workers,
+            device="cpu" if config.train.device == "cpu" else None,
             progress=progress,
             on_finish=lambda run: keep(by_cell[run.task.cell]) if run.task.phase == "tune" else None,
         )
@@ -169,7 +173,8 @@ def _open_directory(out: Path, config: CompareConfig, *, resume: bool) -> None:
         _write_json(path, config.to_dict(), indent=1)
         return
     check(resume, "compare", "out", str(out), "a folder without a comparison, unless that is resumed")
-    different = _differences(_read_json(path), json.loads(json.dumps(config.to_dict())))
+    before = {"workers": 1, **_read_json(path)}
+    different = _differences(before, json.loads(json.dumps(config.to_dict())))
     if different:
         raise ValueError(f"compare: {out} holds a comparison with another configuration: {'; '.join(different)}")
 

@@ -7,8 +7,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from conjugo.studies.executors import Job, executor
 from conjugo.studies.records import Crash, Journal, Run, Task
-from conjugo.studies.workers import Job, executor
 
 __all__ = ["Plan", "execute"]
 
@@ -39,13 +39,16 @@ def execute(
     *,
     jobs: int = 1,
     threads: int = 1,
+    workers: int = 1,
+    device: str | None = None,
     progress: bool | None = None,
     on_finish: Callable[[Run], None] = lambda run: None,
 ) -> list[Crash]:
     """Do all runs of *plans* that *journal* does not hold yet, and append them to it as they finish.
 
     Cells are finished one after the other as far as possible, so an interrupted study has whole cells to show. A run that
-    crashes ends its cell, not the study; the crashes are returned. progress: None shows a bar if standard error is a terminal.
+    crashes ends its cell, not the study; the crashes are returned. jobs, threads, workers, device: see
+    :func:`conjugo.studies.executors.executor`. progress: None shows a bar if standard error is a terminal.
     """
     finished: defaultdict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in journal.runs:
@@ -68,7 +71,7 @@ def execute(
     display = _Progress(plans, [run for run in journal.runs if run.task.cell in by_cell], jobs=jobs, show=progress)
     in_flight = 0
     given_up = set()
-    with executor(job, jobs=jobs, threads=threads) as pool, display:
+    with executor(job, jobs=jobs, threads=threads, workers=workers, device=device) as pool, display:
         while waiting or in_flight:
             while waiting and pool.room:
                 display.started(waiting[0])

@@ -251,6 +251,11 @@ def _protocol(result: CompareResult) -> str:
         "Measurement. The best setting of each cell is trained on all training data with "
         f"{plural(config.seeds, 'fresh seed')}, which tuning did not use; all accuracies above are of these runs on the test "
         "split, with the weights at the end.",
+        *(
+            [f"Workers. {config.workers} processes share each run (synchronously; batches are the same as for one)."]
+            if config.workers > 1
+            else []
+        ),
         "Schedules, augmentation, weight decay and initial weights (per seed) are the same for all optimizers.",
         "Runs that diverge count with the accuracy of the weights they end with.",
     ]

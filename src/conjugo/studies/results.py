@@ -46,7 +46,9 @@ class CompareConfig:
         evaluations: Points of a learning curve.
         train_limit: Use only the first so many training examples.
         test_limit: Use only the first so many test examples.
-        threads: CPU threads of torch per run (they change rounding).
+        threads: CPU threads of torch per worker (they change rounding).
+        workers: Worker processes that share each run, as in conjugo train; batches and schedules stay the same. (Runs at the
+            same time are --jobs.)
 
     Raises UnknownName for a name that does not exist and ValueError for a value out of its range.
     """
@@ -64,6 +66,7 @@ class CompareConfig:
     train_limit: int | None = None
     test_limit: int | None = None
     threads: int = 1
+    workers: int = 1
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -78,6 +81,7 @@ class CompareConfig:
         self._check("target", self.target is None or 0 < self.target <= 1, "None or in (0, 1]")
         self._check("evaluations", self.evaluations >= 1, ">= 1")
         self._check("threads", self.threads >= 1, ">= 1")
+        self._check("workers", self.workers >= 1, ">= 1")
         for name in ("train_limit", "test_limit"):
             limit = getattr(self, name)
             self._check(name, limit is None or limit >= 2, "None or >= 2")

@@ -41,6 +41,7 @@ def reproduce(
     scale: Literal["cpu", "gpu", "full"] = "cpu",
     out: Path | None = None,
     jobs: int = 1,
+    workers: int = 1,
     resume: bool = False,
     progress: bool | None = None,
     force: bool = False,
@@ -50,9 +51,9 @@ def reproduce(
     scale: ``cpu`` takes minutes on two cores, ``gpu`` hours on one accelerator, ``full`` runs nothing and says what
     the original experiment would take. out: run directory; receives config.json, journal.jsonl (every run as it ends),
     results.json and the figures as PNG and SVG, and a sub-folder for a further part; None writes nothing. jobs: training
-    runs at the same time. resume: go on with what is in *out*; the result is that of the uninterrupted experiment, and a
-    part that was left out before is considered again. progress: None shows a bar if standard error is a terminal. force:
-    run scale ``gpu`` on a CPU all the same, and a part of scale ``cpu`` that is too slow here.
+    runs at the same time. workers: processes that share each of them. resume: go on with what is in *out*; the result is
+    that of the uninterrupted experiment, and a part that was left out before is considered again. progress: None shows a
+    bar if standard error is a terminal. force: run scale ``gpu`` on a CPU all the same, and a part of scale ``cpu`` that is too slow here.
 
     Raises UnknownName for a paper or scale that does not exist; ValueError if *out* holds an experiment and *resume* is
     False, if it holds none or another one and *resume* is True, and for scale ``gpu`` without an accelerator;
@@ -62,5 +63,13 @@ def reproduce(
     if scale not in scales:
         unknown(f"scale of {name!r}", scale, scales)
     check(jobs >= 1, "reproduce", "jobs", jobs, ">= 1")
-    request = Request(out=None if out is None else Path(out), jobs=jobs, resume=resume, progress=progress, force=force)
+    check(workers >= 1, "reproduce", "workers", workers, ">= 1")
+    request = Request(
+        out=None if out is None else Path(out),
+        jobs=jobs,
+        workers=workers,
+        resume=resume,
+        progress=progress,
+        force=force,
+    )
     return scales[scale](request)

@@ -13,11 +13,11 @@ from conjugo._files import write_aside
 from conjugo.errors import CorruptFile, check
 from conjugo.studies import statistics
 from conjugo.studies.engine import execute
+from conjugo.studies.executors import Job
 from conjugo.studies.plans import FIRST_TUNING_SEED, of_phase
 from conjugo.studies.records import Journal, Phase, Run, Task
 from conjugo.studies.reproduce.paper import Request
 from conjugo.studies.statistics import Octaves
-from conjugo.studies.workers import Job
 
 __all__ = ["Grid", "GridResult", "run_grids", "save"]
 
@@ -153,10 +153,12 @@ def run_grids(
     description: all that the runs depend on, as plain values; it goes into config.json, and only an experiment with an
     equal one is continued. A cell with a crashed run is left out; resuming tries it again.
     """
+    if request.workers > 1:
+        description = {**description, "workers": request.workers}
     if request.out is not None:
         _open(request.out, json.loads(json.dumps(description)), resume=request.resume)
     with Journal(None if request.out is None else request.out / "journal.jsonl") as journal:
-        crashes = execute(grids, job, journal, jobs=request.jobs, progress=request.progress)
+        crashes = execute(grids, job, journal, jobs=request.jobs, workers=request.workers, progress=request.progress)
         runs = tuple(journal.runs)
     results = [_result(grid, [run for run in runs if run.task.cell == grid.cell]) for grid in grids]
     messages = {crash.task.cell: f"{crash.task}: {crash.error.strip().splitlines()[-1]}" for crash in crashes}

@@ -121,7 +121,7 @@ def why_not(
         return f"CIFAR-10, small, was left out: {error}"
     if request.force or _begun(request):
         return None
-    at_once = min(request.jobs, os.cpu_count() or 1)
+    at_once = min(request.jobs * request.workers, os.cpu_count() or 1)
     expected = measure(plan) * plan.steps * plan.runs / at_once
     if expected <= _LONGEST:
         return None

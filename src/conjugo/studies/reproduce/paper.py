@@ -36,6 +36,7 @@ class Request:
 
     out: Path | None = None
     jobs: int = 1
+    workers: int = 1
     resume: bool = False
     progress: bool | None = None
     force: bool = False
