@@ -53,7 +53,8 @@ def reproduce(
     results.json and the figures as PNG and SVG, and a sub-folder for a further part; None writes nothing. jobs: training
     runs at the same time. workers: processes that share each of them. resume: go on with what is in *out*; the result is
     that of the uninterrupted experiment, and a part that was left out before is considered again. progress: None shows a
-    bar if standard error is a terminal. force: run scale ``gpu`` on a CPU all the same, and a part of scale ``cpu`` that is too slow here.
+    bar if standard error is a terminal. force: run scale ``gpu`` on a CPU all the same, and a part of scale ``cpu`` that is
+    too slow here.
 
     Raises UnknownName for a paper or scale that does not exist; ValueError if *out* holds an experiment and *resume* is
     False, if it holds none or another one and *resume* is True, and for scale ``gpu`` without an accelerator;
