@@ -24,7 +24,9 @@ TIMEOUT = 60.0
 """Seconds after which a collective gives up; a test that hangs ends somewhat later."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "conjugo.optim"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "conjugo.optim", "conjugo.training"]
+)
 
 
 class RankFailed(AssertionError):

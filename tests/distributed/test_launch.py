@@ -61,7 +61,7 @@ def test_bad_arguments(arguments, said):
 def test_arguments_output_and_a_restart(tmp_path):
     path = program(
         tmp_path,
-        "env = init()\nprint(env.rank, env.world_size, env.restart_count, sys.argv[1:])\n"
+        "env = init()\nsys.stdout.write(f'{env.rank} {env.world_size} {env.restart_count} {sys.argv[1:]}\\n')\n"
         "if env.rank == 1 and not env.restart_count: os.kill(os.getpid(), signal.SIGKILL)\n"
         "if not env.restart_count: time.sleep(30)",
     )

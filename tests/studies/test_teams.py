@@ -26,7 +26,9 @@ def test_a_comparison_with_two_workers_is_that_with_one(tmp_path):
     shared = compare(small(workers=2), out=tmp_path / "two")
     assert [run.task for run in shared.runs] == [run.task for run in alone.runs]  # so tuning saw the same
     for ours, theirs in zip(shared.runs, alone.runs, strict=True):
-        assert (ours.outcome.loss is None) == (theirs.outcome.loss is None)  # one of the learning rates is far too large
+        assert (ours.outcome.loss is None) == (
+            theirs.outcome.loss is None
+        )  # one of the learning rates is far too large
         if theirs.outcome.loss is not None:
             assert ours.outcome.loss == pytest.approx(theirs.outcome.loss, rel=1e-3)
             assert ours.outcome.accuracy == pytest.approx(theirs.outcome.accuracy, abs=0.03)

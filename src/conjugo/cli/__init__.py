@@ -1,6 +1,7 @@
 """The command ``conjugo``: one module per command, each with ``run(argv)``; :func:`main` turns exceptions into messages.
 
-Exit codes: 0 all is well; 1 it failed (diverged, damaged file, data not there); 2 the call is wrong; 130 interrupted.
+Exit codes: 0 all is well; 1 it failed (diverged, damaged file, data not there); 2 the call is wrong; 75 other workers are gone,
+or one's memory is damaged: to be started anew; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CorruptFile, DataUnavailable, TrainingDiverged, ImportError, OSError, ValueError) as error:
         if debug:
             raise
-        _say(f"error: {error}")
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", []))  # rank and host, of several workers
+        _say(f"error: {error}{where}")
         wrong_call = isinstance(error, ValueError | FileExistsError | NotADirectoryError)
         return 2 if wrong_call else 1
     except (MemoryError, torch.OutOfMemoryError) as error:

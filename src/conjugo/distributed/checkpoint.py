@@ -63,7 +63,7 @@ class RandomState:
             "python": random.getstate(),
             "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "cuda": torch.cuda.get_rng_state() if _on_gpu() else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,8 +73,13 @@ class RandomState:
         kind, keys, *rest = state_dict["numpy"]
         np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
         torch.set_rng_state(state_dict["torch"].cpu())
-        if state_dict["cuda"] is not None and torch.cuda.is_available():
+        if state_dict["cuda"] is not None and _on_gpu():
             torch.cuda.set_rng_state(state_dict["cuda"].cpu())
+
+
+def _on_gpu() -> bool:
+    """Whether this process uses a GPU; asking for its random numbers would make it use one."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class Checkpointer:

@@ -95,7 +95,9 @@ def _run_agent(
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, RendezvousTimeoutError
     from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said better here
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what it says is said better here
     settings: dict[str, Any] = {"join_timeout": timeout, "last_call_timeout": 5}
     if rendezvous is None:
         local_address = local_address or "127.0.0.1"
