@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks._processes import run
 from benchmarks._timing import interleave, ratio, show
 from conjugo._space import to_local
 from conjugo.optim import NLCG
@@ -49,19 +46,7 @@ def network() -> nn.Module:
 
 def main() -> None:
     """Print the table; the bytes are those of the loopback interface, so nothing else should use it."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = context.SimpleQueue()
-    workers = [context.Process(target=_worker, args=(rank, port, results), daemon=True) for rank in range(WORLD)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        if worker.exitcode:
-            raise SystemExit(f"a worker ended with exit code {worker.exitcode}")
-    seconds, alone, sent, state, n = results.get()
+    seconds, alone, sent, state, n = run(WORLD, _measure)
     rows = []
     for name in CASES:
         middle, low, high = ratio(seconds[name], seconds["SGD momentum, fused"])
@@ -73,11 +58,7 @@ def main() -> None:
     show(f"{n / 1e6:.1f} M parameters, {WORLD} processes under DDP, {BATCH} images on each", columns, rows, caption)
 
 
-def _worker(rank: int, port: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=300))
+def _measure() -> tuple[Any, ...]:
     inputs, targets = torch.randn(BATCH, 3, 32, 32), torch.randint(100, (BATCH,))
     # All share one model: what differs is the optimizer, and that its gradients are equal for all.
     model = DistributedDataParallel(network())
@@ -110,14 +91,11 @@ def _worker(rank: int, port: int, results: Any) -> None:
     for times in alone.values():
         times.clear()
     seconds = interleave({name: partial(step, name) for name in CASES}, rounds=ROUNDS)
-    if rank == 0:
-        sizes = {
-            name: sum(to_local(t).nbytes for state in o.state.values() for t in state.values() if isinstance(t, Tensor))
-            for name, o in optimizers.items()
-        }
-        results.put((seconds, alone, sent, sizes, sum(p.numel() for p in model.parameters())))
-    dist.barrier()
-    dist.destroy_process_group()
+    sizes = {
+        name: sum(to_local(t).nbytes for state in o.state.values() for t in state.values() if isinstance(t, Tensor))
+        for name, o in optimizers.items()
+    }
+    return seconds, alone, sent, sizes, sum(p.numel() for p in model.parameters())
 
 
 def _loopback() -> int:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conjugo._files import sync_folder, write_aside
-from conjugo._space import is_dtensor
+from conjugo._space import from_local, is_dtensor, to_local
 from conjugo._version import __version__
 from conjugo.distributed import _manifest
 from conjugo.errors import CorruptFile, check
@@ -95,9 +95,10 @@ class Checkpointer:
     * a dict of such values, which loading changes in place;
     * :class:`PerRank` of such a thing.
 
-    root: the folder; made when first needed. keep: at least 1. asynchronous: :meth:`save` only copies the state to CPU memory,
-    and a thread writes it while training goes on; one at a time. process_group: the ranks; None: all, if torch.distributed is
-    initialised. Making a Checkpointer is collective, and deletes what killed processes have left half written in *root*.
+    root: the folder; made when first needed. keep: at least 1. asynchronous: :meth:`save` only copies the state to CPU
+    memory, which it keeps for the next time, and a thread writes it while training goes on; one at a time. process_group: the
+    ranks; None: all, if torch.distributed is initialised. Making a Checkpointer is collective, and deletes what killed
+    processes have left half written in *root*.
 
     >>> import tempfile
     >>> model = torch.nn.Linear(2, 1)
@@ -117,6 +118,7 @@ class Checkpointer:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[bool] | None = None
+        self._buffers: dict[str, Tensor] = {}
         self._outcome = True
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
@@ -153,7 +155,7 @@ class Checkpointer:
         if self._thread is None:
             self._outcome = self._write(step, content)
             return self._outcome
-        content.stage()
+        content.stage(self._buffers)
         self._pending = self._thread.submit(self._write, step, content)
         return True
 
@@ -364,11 +366,28 @@ class _Content:
         self.plain = b""
         self.own = b""
 
-    def stage(self) -> None:
-        """Copy the tensors to CPU memory, so that they may change."""
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+    def stage(self, buffers: dict[str, Tensor]) -> None:
+        """Copy the tensors to CPU memory, so that they may change; *buffers* is used again by the next call."""
+        kept, moving = {}, {}
+        for key, tensor in self.tensors.items():
+            local = to_local(tensor)
+            if is_dtensor(tensor) and local.device.type != "cpu":
+                moving[key] = tensor  # its mesh is one of accelerators: torch knows how to make a stand-in on the CPU
+                continue
+            buffer = buffers.get(key)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                buffer = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+            kept[key] = buffer
+            buffer.copy_(local, non_blocking=True)
+            self.tensors[key] = from_local(buffer, tensor)
+        if moving:
+            from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-        self.tensors = BlockingAsyncStager().stage(self.tensors)
+            self.tensors |= BlockingAsyncStager().stage(moving)
+        if any(buffer.is_pinned() for buffer in kept.values()):
+            torch.cuda.synchronize()
+        buffers.clear()
+        buffers.update(kept)
 
 
 def _collect(stateful: Mapping[str, Any]) -> _Content:
