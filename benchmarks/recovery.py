@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks._timing import show
@@ -19,7 +20,8 @@ PARTS = ("noticed, new process", "imports", "joining", "loading", "first step")
 
 def main() -> None:
     """Print the table."""
-    first, recovered = [], []
+    first: list[list[float]] = []
+    recovered: list[list[float]] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
         command = [sys.executable, "-m", "conjugo", "launch", "--nproc", "2", "--max-restarts", str(KILLS)]
@@ -34,7 +36,7 @@ def main() -> None:
                 if process.poll() is not None:
                     raise SystemExit("the job ended")
             times = [last, *map(float, report.read_text().split())]
-            (recovered if attempt else first).append([b - a for a, b in zip(times, times[1:], strict=False)])
+            (recovered if attempt else first).append([b - a for a, b in pairwise(times)])
             if attempt < KILLS:
                 time.sleep(0.3)
                 pid = int((folder / "pid-1").read_text().split()[0])
