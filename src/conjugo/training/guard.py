@@ -84,9 +84,8 @@ class Guard:
 
     def _step_by_itself(self, loss: Tensor) -> None:
         grads = [p.grad for p in self._params if p.grad is not None]
-        self.space.local(grads[-1]).add_(
-            0.0 * loss
-        )  # NaN if the loss is not finite: the optimizer may look at the gradients only
+        # NaN if the loss is not finite: the optimizer may look at the gradients only.
+        self.space.local(grads[-1]).add_(0.0 * loss)
         arguments: dict[str, Any] = {"loss": loss} if self._needs_loss else {}
         self._optimizer.step(**arguments)
         self._seen.append(self._optimizer.skipped_steps.clone())  # type: ignore[attr-defined]
