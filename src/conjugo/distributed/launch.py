@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -76,48 +77,46 @@ def launch(
         check(bool(colon) and port.isdecimal(), "launch", "rendezvous", rendezvous, "'host:port'")
     threads = max(1, _cores() // local)
     with _environment({"OMP_NUM_THREADS": str(threads), **os.environ, **_ALWAYS, **(env or {})}):
-        return _run_agent(command, local, least, most, rendezvous, local_address, max_restarts, timeout, grace)
+        meeting = _meeting(rendezvous, local_address, least, most, timeout)
+        return _run_agent(command, local, meeting, max_restarts, grace)
 
 
-def _run_agent(
-    command: Sequence[str],
-    local: int,
-    least: int,
-    most: int,
-    rendezvous: str | None,
-    local_address: str | None,
-    max_restarts: int,
-    timeout: float,
-    grace: float,
-) -> int:
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, RendezvousTimeoutError
-    from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
+def _meeting(rendezvous: str | None, local_address: str | None, least: int, most: int, timeout: float) -> Any:
+    """What the rendezvous of torch's elastic agent needs to know."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what it says is said better here
     settings: dict[str, Any] = {"join_timeout": timeout, "last_call_timeout": 5}
     if rendezvous is None:
-        local_address = local_address or "127.0.0.1"
         settings["is_host"] = True
     elif local_address is not None:
         host, _, port = rendezvous.rpartition(":")
         settings["is_host"] = host == local_address and _free(host, int(port))
-    meeting = RendezvousParameters(
+    return RendezvousParameters(
         backend="c10d",
         endpoint=rendezvous or "127.0.0.1:0",
         run_id="conjugo" if rendezvous else uuid.uuid4().hex,
         min_nodes=least,
         max_nodes=most,
-        local_addr=local_address,
+        local_addr=local_address if rendezvous else "127.0.0.1",
         **settings,
     )
+
+
+def _run_agent(command: Sequence[str], local: int, meeting: Any, max_restarts: int, grace: float) -> int:
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
+
+    agent_class = _agent_class()
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what it says is said better here
+    here = f"host {socket.gethostname()}"
     try:
         handler = rendezvous_registry.get_rendezvous_handler(meeting)
     except Exception as error:
-        raise ConnectionError(f"no meeting point at {rendezvous or 'this host'}: {error}") from error
+        raise ConnectionError(f"no meeting point at {meeting.endpoint}: {error} ({here})") from error
     spec = WorkerSpec(
         role="default",
         local_world_size=local,
@@ -126,21 +125,21 @@ def _run_agent(
         rdzv_handler=handler,
         max_restarts=max_restarts,
         monitor_interval=0.1,
-        local_addr=local_address,
+        local_addr=meeting.local_addr,
     )
-    agent = _agent_class()(spec, DefaultLogsSpecs(), shutdown_timeout=int(grace))
+    # Older versions always wait 30 seconds.
+    waits = "shutdown_timeout" in inspect.signature(agent_class.__init__).parameters
+    agent = agent_class(spec, DefaultLogsSpecs(), **({"shutdown_timeout": int(grace)} if waits else {}))
     try:
         result = agent.run()
     except SignalException as error:
         return int(128 + error.sigval)
     except RendezvousTimeoutError as error:
         raise ConnectionError(
-            f"fewer than {least} hosts came together at {rendezvous} within {timeout:g} s (host {socket.gethostname()})"
+            f"fewer than {meeting.min_nodes} hosts came together at {meeting.endpoint} in time ({here})"
         ) from error
     except RendezvousError as error:
-        raise ConnectionError(
-            f"the meeting point at {rendezvous or 'this host'} is lost: {error} (host {socket.gethostname()})"
-        ) from error
+        raise ConnectionError(f"the meeting point at {meeting.endpoint} is lost: {error} ({here})") from error
     finally:
         handler.shutdown()
     if not result.is_failed():
