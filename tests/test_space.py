@@ -16,6 +16,8 @@ from conjugo._space import ParamSpace, Slices, from_local, to_local
 
 SHAPES = [(5, 3), (7,), (4, 2, 3), (1, 6), ()]
 LAYOUTS = ["whole", "slices", "fsdp", "hsdp", "tensor parallel", "mixed meshes", "mixed with whole"]
+EVEN = ("hsdp", "mixed meshes")
+"""Layouts that need an even number of ranks."""
 
 
 def vectors(seed):
@@ -69,7 +71,7 @@ def bits_and_counts(world, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_sums_are_global_and_the_same_bits_everywhere(world, layout):
-    if world % 2 and layout in ("hsdp", "mixed meshes"):
+    if world % 2 and layout in EVEN:
         pytest.skip("needs an even number of ranks")
     xs, ys = vectors(1), vectors(2)
     wanted = [sum((a * b).sum() for a, b in zip(u, v)).item() for u, v in ((xs, ys), (ys, ys))]

@@ -24,8 +24,18 @@ TIMEOUT = 60.0
 """Seconds after which a collective gives up; a test that hangs ends somewhat later."""
 
 _context = multiprocessing.get_context("forkserver")
+# What the tests import, and what torch imports when it is first used: half a second, for each rank of each test.
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "conjugo.optim", "conjugo.training"]
+    [
+        "torch._dynamo",
+        "torch.distributed.checkpoint.staging",
+        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+        "conjugo.training",
+        "tests.distributed.test_checkpoint",
+        "tests.distributed.test_nlcg",
+        "tests.distributed.test_virtual_batch",
+    ]
 )
 
 
@@ -118,9 +128,8 @@ def _rank(
         if initialize:
             dist.barrier()  # without it gloo may abort at exit
             dist.destroy_process_group()
-        pipe.send_bytes(
-            pickle.dumps((True, value))
-        )  # not send(): tensors would be shared memory of a process that ends
+        # Not send(): tensors would be shared memory of a process that ends.
+        pipe.send_bytes(pickle.dumps((True, value)))
     except BaseException as error:
         pipe.send_bytes(pickle.dumps((False, (type(error).__name__, traceback.format_exc()))))
         os._exit(1)  # others may wait in a collective: a broken connection tells them

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed import ranks
-from tests.test_space import LAYOUTS, SHAPES, laid_out, vectors
+from tests.test_space import EVEN, LAYOUTS, SHAPES, laid_out, vectors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -124,11 +124,16 @@ def alone(name):
     return ALONE[name]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("world", [2, 3, 4])
+WORLDS = [
+    pytest.param(world, layout, marks=pytest.mark.slow if world == 4 and layout not in EVEN else [])
+    for world in (2, 3, 4)
+    for layout in LAYOUTS
+    if world % 2 == 0 or layout not in EVEN
+]
+
+
+@pytest.mark.parametrize(("world", "layout"), WORLDS)
 def test_every_layout_takes_the_steps_of_one_process(world, layout):
-    if world % 2 and layout in ("hsdp", "mixed meshes"):
-        pytest.skip("needs an even number of ranks")
     everyone = ranks.run(world, trained, layout, list(OPTIONS))
     for name in OPTIONS:
         losses, params, last = alone(name)
