@@ -9,7 +9,7 @@ from tests.distributed.test_virtual_batch import Collectives, cross_entropy, exa
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from conjugo.distributed import curvature_along, hvp, share
+from conjugo.distributed import curvature_along, hessian, hvp, share, sync_batch_norm
 
 SHARES = {2: [4, 4], 3: [3, 3, 2], 4: [2, 2, 2, 2]}
 
@@ -135,6 +135,110 @@ def failing_in_the_middle():
 
 def test_parameters_are_restored_after_an_exception():
     assert ranks.run(2, failing_in_the_middle) == [True, True]
+
+
+def own_share(n):
+    return [share(t, dist.get_rank(), dist.get_world_size()) for t in examples(n)]
+
+
+def failing_after_forward():
+    """What a sharded model says before and after a product that failed between forward and backward pass."""
+    model = wrapped("fsdp, the last layer with the root")
+    x, _ = examples(8)
+
+    def loss_fn(model, part):
+        model(part)
+        raise RuntimeError("in the loss")
+
+    with torch.no_grad():
+        before = model(x)
+    with pytest.raises(RuntimeError, match="in the loss"):
+        hvp(model, loss_fn, x, vector(wrapped("fsdp, the last layer with the root")), "fd", eps=1.0)
+    with torch.no_grad():
+        return torch.equal(before, model(x))
+
+
+def test_no_moved_weights_are_left_after_an_exception():
+    assert ranks.run(2, failing_after_forward) == [True, True]
+
+
+def after_an_evaluation(mode):
+    model = wrapped("fsdp, the last layer with the root")
+    part, v = own_share(8), vector(model)
+    first = entire(hvp(model, cross_entropy, part, v, mode))
+    with torch.no_grad():
+        model(part[0])  # leaves whole parameters in sight
+    return all(torch.equal(a, b) for a, b in zip(first, entire(hvp(model, cross_entropy, part, v, mode)), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["auto", "fd"])
+def test_an_evaluation_before_changes_nothing(mode):
+    assert ranks.run(2, after_an_evaluation, mode) == [True, True]
+
+
+def normalised(mode, first):
+    """Batch norm over all ranks, which have 4 and 3 examples; *first*: also of the data."""
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm1d(4)] * first + [nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)]
+    model = nn.Sequential(*layers).double()
+    part = examples(7)
+    if dist.is_initialized():
+        model, part = nn.parallel.DistributedDataParallel(sync_batch_norm(model)), own_share(7)
+    v = vector(model)
+    return [*hvp(model, cross_entropy, part, v, mode, weight=len(part[0])), curvature_along(
+        model, cross_entropy, part, v, mode, weight=len(part[0])
+    )]  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("mode", ["auto", "fd"])
+def test_batch_norm_over_ranks(mode, first):
+    wanted = normalised("auto", first)
+    tolerance = 1e-11 if mode == "auto" else 1e-6
+    for found in ranks.run(2, normalised, mode, first):
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def chosen_modes():
+    """Products in mode "auto" of a model that counts as large, beside those of the other modes; hooks of users."""
+    model = wrapped("fsdp")
+    model[0].register_forward_pre_hook(lambda module, inputs: (3 * inputs[0],))
+    part, v = own_share(8), vector(model)
+    exact, rough = (entire(hvp(model, cross_entropy, part, v, mode)) for mode in ("auto", "fd"))
+    hessian.LARGE = 10
+    large = entire(hvp(model, cross_entropy, part, v))
+    equal = all(torch.equal(a, b) for a, b in zip(large, rough, strict=True))
+    close = all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(exact, rough, strict=True))
+    synced = nn.SyncBatchNorm(3).double()
+    with pytest.raises(ValueError, match="mode must be fd or auto with torch"):
+        hvp(synced, cross_entropy, part, list(synced.parameters()), "autograd")
+    return equal, close, any(torch.equal(a, b) for a, b in zip(exact, rough, strict=True))
+
+
+def test_modes_of_large_models_and_hooks_of_users():
+    assert ranks.run(2, chosen_modes) == [(True, True, False)] * 2
+
+
+def test_attention_and_compiled_models():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(self.queries(x), x, x)
+
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(2, 1, 4, 8, dtype=torch.float64)
+    results = [
+        hvp(each, lambda model, x: model(x).square().mean(), x, vector(model), mode)
+        for each in (model, torch.compile(model, backend="eager"))
+        for mode in ("autograd", "fd")
+    ]
+    for found in results[1:]:
+        for a, b in zip(found, results[0], strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
 def bad_for_shards():

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conjugo.distributed import VirtualBatch, micro_batches
+from conjugo.distributed import VirtualBatch, gradient_sync, micro_batches
 from conjugo.optim import NLCG
 
 
@@ -38,6 +38,9 @@ def wrapped(layout, dtype=torch.float64, **options):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         for part in (model[0], model[4], model):
             fully_shard(part, mesh=mesh)
+    if layout == "fsdp, the last layer with the root":
+        fully_shard(model[0])
+        fully_shard(model)
     return model
 
 
@@ -123,6 +126,57 @@ def test_each_call_computes_the_same_function(layout):
         assert random_kept
         assert calls == 2
         assert fresh_masks
+
+
+def after_an_evaluation():
+    """A forward pass alone leaves whole parameters in sight, whose gradients are not those of the optimizer's."""
+    model = wrapped("fsdp, the last layer with the root")
+    closure_of(model, 8, 2)()
+    first = entire(p.grad for p in model.parameters())
+    with torch.no_grad():
+        model(examples()[0])
+    closure = closure_of(model, 8, 2)
+    closure()
+    return first, entire(p.grad for p in model.parameters())
+
+
+def test_gradients_start_at_zero_also_after_an_evaluation():
+    for first, second in ranks.run(2, after_an_evaluation):
+        for a, b in zip(first, second, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-15)
+
+
+def failing_micro_batch():
+    """Gradients of a pass by hand after a micro-batch that was not the last one has failed."""
+    model = wrapped("fsdp")
+    x, y = examples(8)
+    with pytest.raises(RuntimeError, match="out of memory"), gradient_sync(model, last=False):
+        raise RuntimeError("out of memory")
+    part = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    cross_entropy(model, (x[part], y[part])).backward()
+    return entire(p.grad for p in model.parameters())
+
+
+def test_gradients_are_reduced_again_after_an_exception():
+    model = network()
+    cross_entropy(model, examples(8)).backward()
+    for grads in ranks.run(2, failing_micro_batch):
+        for found, p in zip(grads, model.parameters(), strict=True):
+            assert torch.allclose(found, p.grad, rtol=1e-12, atol=1e-15)
+
+
+def independent_models():
+    """DDP over groups of one rank: nobody shares anything."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    model = DistributedDataParallel(network(), process_group=groups[dist.get_rank()])
+    part = examples(4, seed=dist.get_rank())
+    value = VirtualBatch(model, cross_entropy).closure([part])()
+    return value.item(), cross_entropy(network(), part).item()
+
+
+def test_the_ranks_are_those_of_ddp():
+    for found, wanted in ranks.run(2, independent_models):
+        assert found == pytest.approx(wanted, rel=1e-12)
 
 
 def nan_on_one_rank():

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from conjugo.distributed.environment import world_size
@@ -62,39 +61,72 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        over = [0, *range(2, x.ndim)]
-        n = x.numel() // x.shape[1]
-        wide = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        own_variance, own_mean = torch.var_mean(wide, dim=over, correction=0)
-        own_mean, own_variance = own_mean.double(), own_variance.double()
-        packed = torch.cat([n * own_mean, n * (own_variance + own_mean.square()), own_mean.new_tensor([float(n)])])
-        dist.all_reduce(packed, group=group)
-        count = packed[-1]
-        mean, square = (packed[:-1] / count).chunk(2)
-        variance = (square - mean.square()).clamp_(min=0)
+        wide = _wide(x)
+        mean, variance, count = _statistics(wide, group)
         scale = (variance + eps).rsqrt()
-        normal = (wide - _along(mean, x).to(wide.dtype)) * _along(scale, x).to(wide.dtype)
+        normal = _normalised(wide, mean, scale)
         y = normal if weight is None or bias is None else normal * _along(weight, x) + _along(bias, x)
-        ctx.save_for_backward(normal, scale.to(wide.dtype), weight, count)
-        ctx.group = group
+        ctx.save_for_backward(x, weight, mean, scale, count)
+        ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, variance, count)
         return y.to(x.dtype), mean, variance, count
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Any) -> Any:
-        normal, scale, weight, count = ctx.saved_tensors  # type: ignore[attr-defined]
-        given = grads[0]
-        g = given.to(normal.dtype)
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, mean, scale, count = ctx.saved_tensors
+        wide, g = _wide(x), _wide(grads[0])
         over = [0, *range(2, g.ndim)]
-        own = torch.stack([g.sum(over), (g * normal).sum(over)])
-        sums = own.to(torch.float64, copy=True)
-        dist.all_reduce(sums, group=ctx.group)  # type: ignore[attr-defined]
-        mean_g, mean_gn = (sums / count).to(normal.dtype)
-        dx = (g - _along(mean_g, g) - normal * _along(mean_gn, g)) * _along(scale, g)
+        by_normal = g if weight is None else g * _along(weight, g)
+        if not ctx.needs_input_grad[0]:
+            normal, dx = _normalised(wide, mean, scale), None
+        elif torch.is_grad_enabled():  # second derivatives will be asked for: the same, in steps that have them
+            mean, variance, _ = _statistics(wide, ctx.group)
+            normal = _normalised(wide, mean, (variance + ctx.eps).rsqrt())
+            (dx,) = torch.autograd.grad(normal, wide, by_normal, create_graph=True)
+        else:
+            normal = _normalised(wide, mean, scale)
+            sums = torch.stack([by_normal.sum(over), (by_normal * normal).sum(over)]).double()
+            dist.all_reduce(sums, group=ctx.group)
+            mean_g, mean_gn = (sums / count).to(normal.dtype)
+            dx = (by_normal - _along(mean_g, g) - normal * _along(mean_gn, g)) * _along(scale, g).to(g.dtype)
+        dx = None if dx is None else dx.to(x.dtype)
         if weight is None:
-            return dx.to(given.dtype), None, None, None, None
-        dx = dx * _along(weight, g)
-        return dx.to(given.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None, None
+            return dx, None, None, None, None
+        return dx, (g * normal).sum(over).to(weight.dtype), g.sum(over).to(weight.dtype), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks of a group, whose derivative is another one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Sum.apply(grads[0].contiguous(), ctx.group), None  # type: ignore[no-untyped-call]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance [C] and the number of values of a channel, over all ranks, in float64."""
+    n = x.numel() // x.shape[1]
+    own_variance, own_mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0)
+    own_mean, own_variance = own_mean.double(), own_variance.double()
+    packed = torch.cat([n * own_mean, n * (own_variance + own_mean.square()), own_mean.new_tensor([float(n)])])
+    total = _Sum.apply(packed, group)  # type: ignore[no-untyped-call]
+    mean, square = (total[:-1] / total[-1]).chunk(2)
+    return mean, (square - mean.square()).clamp(min=0), total[-1]
+
+
+def _normalised(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return (x - _along(mean, x).to(x.dtype)) * _along(scale, x).to(x.dtype)
 
 
 def _along(values: Tensor, like: Tensor) -> Tensor:

@@ -9,15 +9,20 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conjugo._space import ParamSpace, is_dtensor, to_local
 from conjugo._tensors import dot
-from conjugo.distributed.virtual_batch import Loss
+from conjugo.distributed.virtual_batch import Loss, group_of, parameters_of, sharded_modules
 from conjugo.errors import check
 
 __all__ = ["curvature_along", "hvp"]
 
 Mode = Literal["auto", "autograd", "functional", "fd"]
+
+LARGE = 10**8
+"""Parameters of a sharded model above which they are not gathered unasked: whole weights, vector, gradient and product take
+1.6 GB of float32."""
 
 
 def hvp(
@@ -37,16 +42,17 @@ def hvp(
         model: plain, DDP, or with ``fully_shard``. Its parameters, gradients and buffers and the random numbers of the process
             are afterwards what they were before.
         loss_fn: ``loss_fn(model, batch)``, this rank's mean loss, 0-d. The model that it gets may be a stand-in.
-        batch: this rank's data.
+        batch: this rank's data. Products are linear in the loss: for several micro-batches, take the mean of theirs.
         vec: one tensor for each of ``model.parameters()``, of its shape and layout. The products of frozen and unused
             parameters are 0, and what *vec* holds for them does not matter.
         mode: ``"autograd"`` differentiates twice, exactly; for whole parameters. ``"functional"`` does so for sharded ones
             (FSDP2, HSDP), with the whole parameters in memory for the time of the call. ``"fd"``: the central difference of two
             gradients, in float32 with a relative error of about 1e-4; needs one more gradient and copy of the parameters.
-            ``"auto"``: the exact one for the layout.
+            ``"auto"``: the exact one for the layout, but ``"fd"`` for sharded models of more than 10^8 parameters, and with
+            :class:`torch.nn.SyncBatchNorm` on several ranks, which has first derivatives only.
         weight: how much this rank's loss counts, >= 0, such as its number of examples.
         eps: length of the step of ``"fd"``, > 0; None: 1e-3 (1e-5 for float64 parameters) times max(1, |w|).
-        process_group: the ranks that see different data; None: all, if torch.distributed is initialised.
+        process_group: the ranks that see different data; None: those of DDP, else all, if torch.distributed is initialised.
 
     Raises:
         ValueError: *vec* does not fit the parameters; *mode* is unknown or does not fit their layout.
@@ -57,15 +63,15 @@ def hvp(
     >>> hvp(model, lambda model, x: model(x).square().mean(), torch.eye(2), [torch.tensor([[1.0, 3.0]])])
     [tensor([[1., 3.]])]
     """
-    params = _checked(model, vec, mode)
+    params, mode, process_group = _resolved(model, vec, mode, process_group)
     with _unchanged(model, params) as rewind:
         share = _share(weight, params, process_group)
         if mode == "fd":
             return _difference(model, loss_fn, batch, vec, share, eps, process_group, rewind)
         if any(is_dtensor(p) for p in params):
             return _of_shards(model, loss_fn, batch, vec, share)
-        products = _of_own_loss(model, loss_fn, batch, vec)
-    return _summed([share * product for product in products], process_group)
+        products = _of_own_loss(model, loss_fn, batch, vec, share)
+    return _summed(products, process_group)
 
 
 def curvature_along(
@@ -83,21 +89,21 @@ def curvature_along(
 
     For whole parameters (DDP) one number travels instead of a vector, because *vec* is the same on all ranks.
     """
-    params = _checked(model, vec, mode)
+    params, mode, process_group = _resolved(model, vec, mode, process_group)
     if mode == "fd" or any(is_dtensor(p) for p in params):
         products = hvp(model, loss_fn, batch, vec, mode, weight=weight, eps=eps, process_group=process_group)
         return ParamSpace(params, group=process_group, owner="curvature_along").dots([(vec, products)])[0]
     with _unchanged(model, params):
         share = _share(weight, params, process_group)
-        products = _of_own_loss(model, loss_fn, batch, vec)
+        products = _of_own_loss(model, loss_fn, batch, vec, share)
     pairs = zip(vec, products, strict=True)
-    (total,) = _summed([torch.stack([dot(v.detach(), product) for v, product in pairs]).sum() * share], process_group)
+    (total,) = _summed([torch.stack([dot(v.detach(), product) for v, product in pairs]).sum()], process_group)
     return total
 
 
-def _checked(model: nn.Module, vec: Sequence[Tensor], mode: str) -> list[nn.Parameter]:
-    """The parameters of *model*. Raises ValueError for arguments that do not fit them."""
-    params = list(model.parameters())
+def _resolved(model: nn.Module, vec: Sequence[Tensor], mode: Mode, group: Any) -> tuple[list[nn.Parameter], Mode, Any]:
+    """The parameters of *model*, the mode and the ranks. Raises ValueError for arguments that do not fit the parameters."""
+    params = parameters_of(model)
     sharded = any(is_dtensor(p) for p in params)
     check(mode in ("auto", "autograd", "functional", "fd"), "hvp", "mode", mode, "auto, autograd, functional or fd")
     check(not (sharded and mode == "autograd"), "hvp", "mode", mode, "functional or fd for sharded parameters")
@@ -105,19 +111,26 @@ def _checked(model: nn.Module, vec: Sequence[Tensor], mode: str) -> list[nn.Para
     check(found == wanted, "hvp", "the shapes of vec", found, f"those of the parameters, {wanted}")
     alike = all(is_dtensor(v) == is_dtensor(p) for v, p in zip(vec, params, strict=True))
     check(alike, "hvp", "the types of vec", [type(v).__name__ for v in vec], "DTensors where the parameters are")
-    return params
+    group = group_of(model, group)
+    once = _several(group) and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    if mode == "auto":
+        large = sharded and sum(p.numel() for p in params) > LARGE
+        mode = "fd" if large or once else "functional" if sharded else "autograd"
+    check(not once or mode == "fd", "hvp", "mode", mode, "fd or auto with torch.nn.SyncBatchNorm on several ranks")
+    return params, mode, group
 
 
 # Exact -------------------------------------------------------------------------------------------------------------------
 
 
-def _of_own_loss(model: nn.Module, loss_fn: Loss, batch: Any, vec: Sequence[Tensor]) -> list[Tensor]:
-    """The product with the Hessian of this rank's loss."""
+def _of_own_loss(model: nn.Module, loss_fn: Loss, batch: Any, vec: Sequence[Tensor], share: float) -> list[Tensor]:
+    """The product with the Hessian of this rank's part of the loss."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile makes has first derivatives only
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # DDP's hooks know first derivatives only
     params = list(model.parameters())
-    with torch.enable_grad():
-        return _twice(loss_fn(model, batch), params, vec)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fast attention, too
+        return _twice(loss_fn(model, batch) * share, params, vec)
 
 
 def _of_shards(model: nn.Module, loss_fn: Loss, batch: Any, vec: Sequence[Tensor], share: float) -> list[Tensor]:
@@ -129,7 +142,7 @@ def _of_shards(model: nn.Module, loss_fn: Loss, batch: Any, vec: Sequence[Tensor
 
     params = list(model.parameters())
     leaves = [p.detach().requires_grad_(p.requires_grad) for p in params]
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         whole = [
             leaf.full_tensor(grad_placements=[Partial()] * leaf.device_mesh.ndim) if is_dtensor(leaf) else leaf
             for leaf in leaves
@@ -156,20 +169,24 @@ def _stand_in(module: nn.Module, values: dict[nn.Parameter, Tensor], done: dict[
     """A copy of *module* that shares all but its parameters, without the hooks of ``fully_shard``."""
     if module in done:
         return done[module]
-    sharded = hasattr(module, "set_requires_gradient_sync")
+    sharded = hasattr(type(module), "set_requires_gradient_sync")
     kind = type(module).__bases__[1] if sharded else type(module)  # fully_shard puts its own class in front
     copied: nn.Module = object.__new__(kind)
     done[module] = copied
     copied.__dict__ = dict(module.__dict__)
-    if sharded:
-        for name in [name for name in copied.__dict__ if name.startswith("_forward_") and "hooks" in name]:
-            copied.__dict__[name] = type(module.__dict__[name])()
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = module.__dict__[name]
+        copied.__dict__[name] = type(hooks)((n, hook) for n, hook in hooks.items() if not _shards(hook))
     copied.__dict__["_buffers"] = dict(module._buffers)
     copied.__dict__["_parameters"] = {n: p if p is None else values[p] for n, p in module._parameters.items()}
     copied.__dict__["_modules"] = {
         n: child if child is None else _stand_in(child, values, done) for n, child in module._modules.items()
     }
     return copied
+
+
+def _shards(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
 
 
 # Finite differences ------------------------------------------------------------------------------------------------------
@@ -218,6 +235,8 @@ def _difference(
         with torch.no_grad():
             for p, w in zip(params, own, strict=True):
                 to_local(p).copy_(w)
+        for module in sharded_modules(model):
+            module.reshard()  # after an exception, whole parameters may be there still
     products = [(ahead - behind).detach() / (2 * step) for ahead, behind in zip(*sides, strict=True)]
     return products if sharded else _summed(products, group)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ class VirtualBatch:
     have different numbers of them. Gradients are reduced once for each evaluation, with the last micro-batch; this is worth
     the memory of one more gradient under FSDP2.
 
-    model: plain, DDP, or with ``fully_shard`` (FSDP2, HSDP). loss_fn: ``loss_fn(model, part)`` gives the mean loss over the
-    micro-batch *part*, 0-d; it must call *model*, not a module inside. process_group: the ranks that see different data; None:
-    all, if torch.distributed is initialised.
+    model: plain, DDP, or with ``fully_shard`` (FSDP2, HSDP); wrap it first. loss_fn: ``loss_fn(model, part)`` gives the mean
+    loss over the micro-batch *part*, 0-d; it must call *model*, not a module inside. process_group: the ranks that see
+    different data; None: those of DDP, else all, if torch.distributed is initialised.
 
     With a :class:`torch.amp.GradScaler`, scale inside *loss_fn* and unscale what the closure gives.
 
@@ -40,12 +40,12 @@ class VirtualBatch:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Loss, *, process_group: Any = None) -> None:
-        if process_group is None and dist.is_available() and dist.is_initialized():
-            process_group = dist.group.WORLD
+        group = group_of(model, process_group)
         self.model = model
         self.loss_fn = loss_fn
-        self.world_size = 1 if process_group is None else dist.get_world_size(process_group)
-        self.group = process_group if self.world_size > 1 else None
+        self.world_size = 1 if group is None else dist.get_world_size(group)
+        self.group = group if self.world_size > 1 else None
+        self.params = parameters_of(model)
 
     def closure(
         self, parts: Sequence[Any], weights: Sequence[float] | None = None, *, total: float | None = None
@@ -62,7 +62,7 @@ class VirtualBatch:
         if total is None:
             summed = torch.tensor([sum(counts), len(counts), len(counts) ** 2], dtype=torch.float64)
             if self.group is not None:
-                device = next(self.model.parameters()).device
+                device = self.params[0].device
                 summed = summed.to(device if "nccl" in str(dist.get_backend(self.group)) else "cpu")
                 dist.all_reduce(summed, group=self.group)
             total, parts_of_all, squares = summed.tolist()
@@ -107,10 +107,11 @@ class Closure:
 
     def _evaluate(self) -> Tensor:
         batch = self._batch
-        batch.model.zero_grad()
-        losses = []
-        for i, (part, share) in enumerate(zip(self._parts, self._shares, strict=True)):
-            with gradient_sync(batch.model, last=i == len(self._parts) - 1), torch.enable_grad():
+        for p in batch.params:
+            p.grad = None
+        losses: list[Tensor] = []
+        for part, share in zip(self._parts, self._shares, strict=True):
+            with gradient_sync(batch.model, last=len(losses) == len(self._parts) - 1), torch.enable_grad():
                 # DDP and FSDP2 take the mean over the ranks.
                 loss = batch.loss_fn(batch.model, part) * (share * batch.world_size)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -123,7 +124,7 @@ class Closure:
         return value
 
     def _random_state(self) -> list[Tensor]:
-        on_gpu = next(self._batch.model.parameters()).device.type == "cuda"
+        on_gpu = self._batch.params[0].device.type == "cuda"
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
 
     def _set_random_state(self, state: list[Tensor]) -> None:
@@ -132,15 +133,49 @@ class Closure:
             torch.cuda.set_rng_state(state[1])
 
 
-def gradient_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+@contextmanager
+def gradient_sync(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward and backward pass of a micro-batch: gradients are reduced over the ranks in the *last* one only.
 
     model: DDP, with ``fully_shard``, or any other, for which nothing happens.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return nullcontext() if last else model.no_sync()
-    for module in model.modules():
-        switch: Callable[..., None] | None = getattr(module, "set_requires_gradient_sync", None)  # FSDP2
-        if switch is not None:
-            switch(last, recurse=False)
-    return nullcontext()
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if last:
+        yield
+    elif isinstance(model, nn.parallel.DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        modules = sharded_modules(model)
+        for module in modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+
+def group_of(model: nn.Module, process_group: Any) -> Any:
+    """*process_group*, or by default the ranks that share *model*; None where torch.distributed is not initialised."""
+    if process_group is not None or not (dist.is_available() and dist.is_initialized()):
+        return process_group
+    model = getattr(model, "_orig_mod", model)
+    return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else dist.group.WORLD
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer has.
+
+    Between a forward pass without backward pass and the next one, a module with ``fully_shard`` shows whole ones instead,
+    whose gradients and values do not count.
+    """
+    for module in sharded_modules(model):
+        module.reshard()
+    return list(model.parameters())
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules inside *model* to which ``fully_shard`` was applied."""
+    # Looked up on the class: a module is slow to say that it lacks something.
+    return [module for module in model.modules() if hasattr(type(module), "set_requires_gradient_sync")]
