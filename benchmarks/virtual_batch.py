@@ -57,8 +57,8 @@ def main() -> None:
         seconds = run(world, _products, layout)
         for name in [name for name in seconds if name != "gradient"]:
             middle, low, high = ratio(seconds[name], seconds["gradient"])
-            ms = f"{1e3 * statistics.median(seconds[name]):.1f}"
-            rows.append([f"{layout}, {name}", ms, f"{middle:.2f}", f"{low:.2f} - {high:.2f}"])
+            time = f"{1e3 * statistics.median(seconds[name]):.1f}"
+            rows.append([f"{layout}, {name}", time, f"{middle:.2f}", f"{low:.2f} - {high:.2f}"])
     show("Hessian-vector products", ("", "ms", "ratio to a gradient", "quartiles"), rows)
 
 

@@ -60,16 +60,19 @@ class VirtualBatch:
         check(len(counts) == len(parts), "VirtualBatch", "weights", len(counts), f"{len(parts)}, one for each part")
         check(all(w >= 0 for w in counts), "VirtualBatch", "weights", counts, "all >= 0")
         if total is None:
-            summed = torch.tensor([sum(counts), len(counts), len(counts) ** 2], dtype=torch.float64)
-            if self.group is not None:
-                device = self.params[0].device
-                summed = summed.to(device if "nccl" in str(dist.get_backend(self.group)) else "cpu")
-                dist.all_reduce(summed, group=self.group)
-            total, parts_of_all, squares = summed.tolist()
-            alike = self.world_size * squares == parts_of_all**2  # all the same: Cauchy-Schwarz holds with equality
-            check(alike, "VirtualBatch", "the number of parts", len(parts), "the same on all ranks")
+            total = sum(counts) if self.group is None else self._total(counts)
         check(total > 0, "VirtualBatch", "the sum of the weights", total, "> 0")
         return Closure(self, list(parts), [w / total for w in counts])
+
+    def _total(self, counts: list[float]) -> float:
+        """Collective: the sum of the *counts* of all ranks, which must be equally many."""
+        device = self.params[0].device if "nccl" in str(dist.get_backend(self.group)) else "cpu"
+        summed = torch.tensor([sum(counts), len(counts), len(counts) ** 2], dtype=torch.float64, device=device)
+        dist.all_reduce(summed, group=self.group)
+        total, parts, squares = summed.tolist()
+        alike = self.world_size * squares == parts**2  # all the same: Cauchy-Schwarz holds with equality
+        check(alike, "VirtualBatch", "the number of parts", len(counts), "the same on all ranks")
+        return float(total)
 
 
 class Closure:
@@ -111,7 +114,8 @@ class Closure:
             p.grad = None
         losses: list[Tensor] = []
         for part, share in zip(self._parts, self._shares, strict=True):
-            with gradient_sync(batch.model, last=len(losses) == len(self._parts) - 1), torch.enable_grad():
+            last = len(losses) == len(self._parts) - 1 or batch.group is None
+            with gradient_sync(batch.model, last=last), torch.enable_grad():
                 # DDP and FSDP2 take the mean over the ranks.
                 loss = batch.loss_fn(batch.model, part) * (share * batch.world_size)
                 loss.backward()  # type: ignore[no-untyped-call]
