@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from conjugo.studies import CompareConfig, CompareResult, compare
 from conjugo.studies.records import Outcome, Task
 from conjugo.training import TrainConfig
@@ -61,6 +64,22 @@ def pretend_and_die_once(config: CompareConfig, task: Task) -> Outcome:
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return pretend(config, task)
+
+
+def sum_of_ranks(pids: Path, task: Task) -> Outcome:
+    """A run whose accuracy is the sum of the ranks; rank 1 fails as the contender's name says.
+
+    Leaves the process id in folder *pids*.
+    """
+    (pids / str(os.getpid())).touch()
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total)  # now all have left their process id
+    if dist.get_rank() == 1 and task.contender == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if dist.get_rank() == 1 and task.contender == "raises":
+        raise OSError("no luck")
+    dist.barrier()
+    return replace(pretend(config(), task), accuracy=total.item())
 
 
 def result(**changes: Any) -> CompareResult:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,13 +127,18 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
-def test_ending_the_parent_ends_the_workers_and_loses_nothing(tmp_path, uninterrupted, how):
+@pytest.mark.parametrize(
+    ("how", "jobs", "workers"),
+    [(signal.SIGINT, 2, 1), (signal.SIGKILL, 2, 1), (signal.SIGINT, 1, 2)],
+    ids=["SIGINT", "SIGKILL", "SIGINT-workers"],
+)
+def test_ending_the_parent_ends_the_workers_and_loses_nothing(tmp_path, uninterrupted, how, jobs, workers):
     out, pids = tmp_path / "out", tmp_path / "pids"
     pids.mkdir()
     program = (
         "from pathlib import Path; from tests.studies.stand_ins import *\n"
-        f"if __name__ == '__main__': compare(config(), out=Path({str(out)!r}), jobs=2, run=pretend_slowly)"
+        "if __name__ == '__main__': "
+        f"compare(config(workers={workers}), out=Path({str(out)!r}), jobs={jobs}, run=pretend_slowly)"
     )
     script = tmp_path / "program.py"
     script.write_text(program)
@@ -151,11 +157,12 @@ def test_ending_the_parent_ends_the_workers_and_loses_nothing(tmp_path, uninterr
         wait_for(lambda: not any(alive(int(path.name)) for path in pids.iterdir()))
     finally:
         parent.kill()
-    done = len(read_journal(journal))
-    assert 5 <= done < RUNS
-    rest = Counted()
-    assert compare(config(), out=out, resume=True, run=rest) == uninterrupted
-    assert rest.count == RUNS - done
+    done = read_journal(journal)
+    assert 5 <= len(done) < RUNS
+    whole = config(workers=workers)
+    assert compare(whole, out=out, resume=True, run=pretend) == replace(uninterrupted, config=whole)
+    assert len(read_journal(journal)) == RUNS
+    assert read_journal(journal)[: len(done)] == done
 
 
 @pytest.mark.usefixtures("no_report")

@@ -64,5 +64,7 @@ def run(argv: Sequence[str]) -> int:
     for table in result.tables():
         console.print(table)
     console.print(result.text(), highlight=False)
+    if arguments.workers > 1 and arguments.scale != "full":  # which runs nothing
+        console.print(f"{arguments.workers} workers shared each run.", highlight=False)
     console.print(f"results: {out}", highlight=False, soft_wrap=True)
     return 0

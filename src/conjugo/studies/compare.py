@@ -21,13 +21,23 @@ from conjugo._files import write_aside
 from conjugo.errors import CorruptFile, check
 from conjugo.studies import statistics
 from conjugo.studies.engine import execute
+from conjugo.studies.executors import check_devices
 from conjugo.studies.plans import TunedCell, of_phase, scores
 from conjugo.studies.records import Journal, Outcome, Run, Task, read_journal
 from conjugo.studies.results import CellResult, CompareConfig, CompareResult
 from conjugo.studies.runs import Contender, load_data, num_steps, train_once, tuning_data, versions
 from conjugo.studies.tuning import StudyFile
 
-__all__ = ["CompareConfig", "CompareResult", "TrainTask", "compare", "load_result", "run_task", "save_result"]
+__all__ = [
+    "CompareConfig",
+    "CompareResult",
+    "TrainTask",
+    "compare",
+    "differences",
+    "load_result",
+    "run_task",
+    "save_result",
+]
 
 TrainTask = Callable[[CompareConfig, Task], Outcome]
 """Does one run of a comparison: :func:`run_task`, or a stand-in (a module's function, so that worker processes find it)."""
@@ -67,6 +77,7 @@ def compare(
     is False, and if it holds none or one with another configuration and *resume* is True.
     """
     check(jobs >= 1, "compare", "jobs", jobs, ">= 1")
+    check_devices("compare", jobs=jobs, workers=config.workers, device=_device(config))
     _check_installed("optuna", *(() if out is None else ("matplotlib",)))
     num_train = len(load_data(config.train, config.train_limit, config.test_limit).train)
     plans = _plans(config, num_train)
@@ -128,12 +139,16 @@ def _execute(
             jobs=jobs,
             threads=config.threads,
             workers=config.workers,
-            device="cpu" if config.train.device == "cpu" else None,
+            device=_device(config),
             progress=progress,
             on_finish=lambda run: keep(by_cell[run.task.cell]) if run.task.phase == "tune" else None,
         )
         messages = {crash.task.cell: f"{crash.task}:\n{crash.error}" for crash in crashes}
         return _result(config, plans, journal.runs, messages, num_train, begun.versions)
+
+
+def _device(config: CompareConfig) -> str | None:
+    return "cpu" if config.train.device == "cpu" else None
 
 
 def _result(
@@ -173,18 +188,22 @@ def _open_directory(out: Path, config: CompareConfig, *, resume: bool) -> None:
         _write_json(path, config.to_dict(), indent=1)
         return
     check(resume, "compare", "out", str(out), "a folder without a comparison, unless that is resumed")
-    before = {"workers": 1, **_read_json(path)}
-    different = _differences(before, json.loads(json.dumps(config.to_dict())))
-    if different:
+    kept = _read_json(path)
+    try:
+        before = CompareConfig.from_dict(kept)  # settings that older versions did not have get their defaults
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{path}: not the configuration of a comparison ({error!r})") from error
+    if different := differences(before.to_dict(), config.to_dict()):
         raise ValueError(f"compare: {out} holds a comparison with another configuration: {'; '.join(different)}")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What is not the same in two nested configurations, in words."""
     found = []
     for key in sorted({*old, *new}):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now, f"{prefix}{key}.")
+            found += differences(before, now, f"{prefix}{key}.")
         elif before != now:
             found.append(f"{prefix}{key} was {before!r} and is now {now!r}")
     return found

@@ -13,6 +13,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol, Self
@@ -20,13 +21,17 @@ from typing import NamedTuple, Protocol, Self
 import torch
 
 from conjugo.distributed import init
+from conjugo.errors import check
 from conjugo.studies.records import Crash, Outcome, Task
 
-__all__ = ["Executor", "InProcess", "Job", "Teams", "executor"]
+__all__ = ["Executor", "InProcess", "Job", "Teams", "check_devices", "executor"]
 
 Job = Callable[[Task], Outcome]
 """Does one run. For other processes it has to be picklable: a module's function or a `functools.partial` of one. All workers
 of a team call it with the same task."""
+
+_GRACE = 0.5
+"""Seconds that a process may take to be gone after another one has noticed its death."""
 
 
 class Executor(Protocol):
@@ -54,6 +59,13 @@ def executor(job: Job, *, jobs: int, threads: int, workers: int = 1, device: str
     device: ``"cpu"`` keeps workers from the GPUs, of which each takes one otherwise.
     """
     return InProcess(job, threads) if jobs == workers == 1 else Teams(job, jobs, threads, workers, device)
+
+
+def check_devices(owner: str, *, jobs: int, workers: int, device: str | None = None) -> None:
+    """Raise ValueError, in the name of *owner*, where :func:`executor` would need more GPUs than there are."""
+    gpus = torch.cuda.device_count() if workers > 1 and device != "cpu" else 0
+    accepted = f"at most {gpus}, the GPUs: workers that share a run have one each"
+    check(not gpus or jobs * workers <= gpus, owner, "jobs x workers", jobs * workers, accepted)
 
 
 def _attempt(job: Job, task: Task) -> Outcome | Crash:
@@ -103,6 +115,33 @@ class _Team:
         self.task: Task | None = None
         self.members: list[tuple[BaseProcess, Connection]] = []
         self.answers: dict[Connection, Outcome | Crash] = {}
+
+    def take(self, pipe: Connection) -> Outcome | Crash | None:
+        """Receive from *pipe*; the result of the task, if that is known now. A team that cannot go on is ended."""
+        assert self.task is not None
+        rank = next(rank for rank, (_, other) in enumerate(self.members) if other is pipe)
+        try:
+            answer: Outcome | Crash = pipe.recv()
+        except (EOFError, OSError):
+            self.members[rank][0].join()
+            return self._broken("")
+        if isinstance(answer, Crash) and len(self.members) > 1:
+            wait([process.sentinel for process, _ in self.members], timeout=_GRACE)
+            return self._broken(f"worker {rank} of {len(self.members)}: {answer.error}")
+        self.answers[pipe] = answer
+        return self.answers[self.members[0][1]] if len(self.answers) == len(self.members) else None
+
+    def _broken(self, said: str) -> Crash:
+        """End the team because of what a member *said*, or of deaths: then lost connections are all that others can tell."""
+        assert self.task is not None
+        one = len(self.members) == 1
+        deaths = [
+            f"{'the worker process' if one else f'worker {rank} of {len(self.members)}'} died (exit code {code})"
+            for rank, code in enumerate(process.exitcode for process, _ in self.members)
+            if code is not None
+        ]
+        self.end()
+        return Crash(self.task, "; ".join(deaths) or said)
 
     def end(self) -> None:
         """Kill the processes, in the middle of whatever they do."""
@@ -161,33 +200,12 @@ class Teams:
             awaited = {pipe: team for team in self._busy for _, pipe in team.members if pipe not in team.answers}
             for pipe in wait(list(awaited)):
                 assert isinstance(pipe, Connection)
-                if (result := self._heard(awaited[pipe], pipe)) is not None:
-                    return result
-
-    def _heard(self, team: _Team, pipe: Connection) -> tuple[Task, Outcome | Crash] | None:
-        """Take what comes out of *pipe*; the result of the team's task, if that is known now."""
-        assert team.task is not None
-        task = team.task
-        rank = next(rank for rank, (_, other) in enumerate(team.members) if other is pipe)
-        who = "the worker process" if self._workers == 1 else f"worker {rank} of {self._workers}"
-        try:
-            answer = pipe.recv()
-        except (EOFError, OSError):
-            process = team.members[rank][0]
-            process.join()
-            answer = Crash(task, f"{who} died (exit code {process.exitcode})")
-            team.end()
-        team.answers[pipe] = answer
-        if isinstance(answer, Crash) and self._workers > 1 and team.members:
-            answer = Crash(task, f"{who}: {answer.error}")
-            team.end()
-        elif len(team.answers) < len(team.members):
-            return None
-        elif not isinstance(answer, Crash):
-            answer = team.answers[team.members[0][1]]
-        self._busy.remove(team)
-        self._idle.append(team)
-        return task, answer
+                team = awaited[pipe]
+                assert team.task is not None
+                if (result := team.take(pipe)) is not None:
+                    self._busy.remove(team)
+                    self._idle.append(team)
+                    return team.task, result
 
     def __enter__(self) -> Self:
         return self
@@ -229,10 +247,16 @@ def _serve(pipe: Connection, job: Job, threads: int, place: _Place) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(place.port),
         }
-        init(device=place.device)
+        job = partial(_joined, job, place.device)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             pipe.send(_attempt(job, pipe.recv()))
+
+
+def _joined(job: Job, device: str | None, task: Task) -> Outcome:
+    """Do *task* as a member of the process group; here, so that a failure to join it is a failure of the task."""
+    init(device=device)
+    return job(task)
 
 
 def _die_with_parent() -> None:

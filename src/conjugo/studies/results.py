@@ -82,6 +82,8 @@ class CompareConfig:
         self._check("evaluations", self.evaluations >= 1, ">= 1")
         self._check("threads", self.threads >= 1, ">= 1")
         self._check("workers", self.workers >= 1, ">= 1")
+        device, accepted = self.train.device, "'auto', 'cpu' or 'cuda' where workers share a run"
+        check(self.workers == 1 or ":" not in device, "CompareConfig", "train.device", device, accepted)
         for name in ("train_limit", "test_limit"):
             limit = getattr(self, name)
             self._check(name, limit is None or limit >= 2, "None or >= 2")

@@ -12,12 +12,14 @@ from typing import Any
 from conjugo._files import write_aside
 from conjugo.errors import CorruptFile, check
 from conjugo.studies import statistics
+from conjugo.studies.compare import differences
 from conjugo.studies.engine import execute
-from conjugo.studies.executors import Job
+from conjugo.studies.executors import Job, check_devices
 from conjugo.studies.plans import FIRST_TUNING_SEED, of_phase
 from conjugo.studies.records import Journal, Phase, Run, Task
 from conjugo.studies.reproduce.paper import Request
 from conjugo.studies.statistics import Octaves
+from conjugo.training import TrainConfig
 
 __all__ = ["Grid", "GridResult", "run_grids", "save"]
 
@@ -153,10 +155,10 @@ def run_grids(
     description: all that the runs depend on, as plain values; it goes into config.json, and only an experiment with an
     equal one is continued. A cell with a crashed run is left out; resuming tries it again.
     """
-    if request.workers > 1:
-        description = {**description, "workers": request.workers}
+    check_devices("reproduce", jobs=request.jobs, workers=request.workers)
     if request.out is not None:
-        _open(request.out, json.loads(json.dumps(description)), resume=request.resume)
+        whole = {**description, "workers": request.workers}
+        _open(request.out, json.loads(json.dumps(whole)), resume=request.resume)
     with Journal(None if request.out is None else request.out / "journal.jsonl") as journal:
         crashes = execute(grids, job, journal, jobs=request.jobs, workers=request.workers, progress=request.progress)
         runs = tuple(journal.runs)
@@ -181,8 +183,10 @@ def _open(out: Path, description: Any, *, resume: bool) -> None:
         before = json.loads(path.read_bytes())
     except ValueError as error:
         raise CorruptFile(f"{path}: not valid JSON ({error})") from error
-    if before != description:
-        raise ValueError(f"reproduce: {out} holds another experiment: its config.json is {before}, not {description}")
+    if "train" in before:  # settings that older versions did not have get their defaults
+        before["train"] = TrainConfig.from_dict(before["train"]).to_dict()
+    if different := differences({"workers": 1, **before}, description):
+        raise ValueError(f"reproduce: {out} holds another experiment: {'; '.join(different)}")
 
 
 def save(content: Mapping[str, Any], figures: Mapping[str, Any], out: Path) -> None:

@@ -134,7 +134,7 @@ def experiment(
     train = plan.train.to_dict()
     description = {"paper": "nlcg", "scale": "gpu", **asdict(plan), "train": train, "adamw_decay": _ADAMW_DECAY}
     results, crashes = run_grids(plan.cells(), partial(run, plan), description, request)
-    result = CifarResult(plan, results, crashes, versions(plan.train))
+    result = CifarResult(plan, results, crashes, {**versions(plan.train), "workers": str(request.workers)})
     if request.out is not None:
         drawn = {f"curves_{batch}": figures.curves(result, batch) for batch in plan.grids}
         save(result.to_dict(), drawn, request.out)

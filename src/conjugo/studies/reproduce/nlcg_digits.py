@@ -115,7 +115,7 @@ def digits(
     description = {"paper": "nlcg", "scale": "cpu", "train": TRAIN.to_dict(), **asdict(plan)}
     cells = plan.cells(len(load_data(TRAIN, None, None).train))
     results, crashes = run_grids(cells, partial(run, plan), description, request)
-    result = DigitsResult(plan, results, crashes, versions(TRAIN))
+    result = DigitsResult(plan, results, crashes, {**versions(TRAIN), "workers": str(request.workers)})
     if request.out is not None:
         drawn = {"accuracy": figures.accuracy(result), "learning_rates": figures.learning_rates(result)}
         save(result.to_dict(), drawn, request.out)

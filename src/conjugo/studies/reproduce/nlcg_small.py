@@ -149,7 +149,7 @@ def experiment(
     request = replace(request, resume=_begun(request))
     description = {"paper": "nlcg", "part": "cifar10", **asdict(plan), "train": plan.train.to_dict()}
     results, crashes = run_grids(plan.cells(), partial(run, plan), description, request)
-    result = SmallResult(plan, results, crashes, versions(plan.train))
+    result = SmallResult(plan, results, crashes, {**versions(plan.train), "workers": str(request.workers)})
     if request.out is not None:
         save(result.to_dict(), {}, request.out)
     return result
