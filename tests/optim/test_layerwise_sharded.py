@@ -7,12 +7,15 @@ import torch
 import torch.distributed as dist
 from tests.distributed import ranks
 from tests.distributed.test_nlcg import entire, fresh, problem
+from tests.distributed.test_virtual_batch import cross_entropy, examples, network, wrapped
 from tests.test_space import EVEN, LAYOUTS, laid_out
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.debug import CommDebugMode
 
 from conjugo._space import to_local
+from conjugo.distributed import share
 from conjugo.optim import LAMB, LARS, WeightEMA
 
 OPTIMIZERS = {
@@ -75,6 +78,35 @@ def test_every_layout_takes_the_steps_of_one_process(world, layout, alone):
         for found in everyone:
             for p, q in zip(found[name], wanted, strict=True):
                 assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), name
+            assert all(torch.equal(p, q) for p, q in zip(found[name], everyone[0][name], strict=True))
+
+
+def trained_model(layout):
+    """Weights after training, and on examples the outputs of the averaged weights, and of these again."""
+    x, y = examples(8)
+    model = wrapped(layout)
+    if dist.is_initialized():
+        x, y = (share(t, dist.get_rank(), dist.get_world_size()) for t in (x, y))
+    found = {}
+    for name in OPTIMIZERS:
+        optimizer = grouped(name, list(model.parameters()))
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            cross_entropy(model, (x, y)).backward()
+            optimizer.step()
+        found[name] = entire(model.parameters())
+    return found
+
+
+@pytest.mark.parametrize(("world", "layout"), [(2, "ddp"), (2, "fsdp"), (4, "hsdp")])
+def test_training_a_model(world, layout):
+    torch.manual_seed(0)
+    wanted = trained_model("alone")
+    everyone = ranks.run(world, trained_model, layout)
+    for name, weights in wanted.items():
+        for found in everyone:
+            for p, q in zip(found[name], weights, strict=True):
+                assert torch.allclose(p, q, rtol=1e-5, atol=1e-8), name
             assert all(torch.equal(p, q) for p, q in zip(found[name], everyone[0][name], strict=True))
 
 
@@ -189,3 +221,35 @@ def test_weight_average(layout):
         assert all(torch.equal(a, b) for a, b in zip(weights, own, strict=True))
     found, _ = ranks.run(2, averages, layout, wanted)[1]
     assert all(torch.equal(found["averages"][name], onward["averages"][name]) for name in onward["averages"])
+
+
+def lent_to_shards(whole_modules):
+    """Outputs with the own weights, the averages, and the own again; *whole_modules* keep whole parameters after each."""
+    model = network().double()
+    if dist.is_initialized():
+        for part in (model[0], model) if whole_modules else (model,):
+            fully_shard(part, reshard_after_forward=not whole_modules)
+    x, _ = examples(8)
+    with torch.no_grad():
+        model(x)
+        ema = WeightEMA(model, 0.9)
+        for p in ema._parameters.values():
+            to_local(p).add_(1.0)
+        ema.update()
+        model.eval()
+        model(x)
+        outputs = [model(x)]
+        with ema.averaged():
+            outputs.append(model(x))
+        outputs.append(model(x))
+    return outputs
+
+
+@pytest.mark.parametrize("whole_modules", [True, False])
+def test_averages_reach_modules_that_kept_whole_parameters(whole_modules):
+    alone = lent_to_shards(whole_modules)
+    for outputs in ranks.run(2, lent_to_shards, whole_modules):
+        for found, wanted in zip(outputs, alone, strict=True):
+            assert torch.allclose(found, wanted, rtol=1e-12)
+        assert torch.equal(outputs[0], outputs[2])
+        assert not torch.allclose(outputs[0], outputs[1])

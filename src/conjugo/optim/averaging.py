@@ -46,6 +46,8 @@ class WeightEMA:
         check(0 <= decay < 1, "WeightEMA", "decay", decay, "in [0, 1)")
         self.decay = decay
         self.updates = 0
+        self._model = model
+        self._reshard()
         self._parameters = dict(model.named_parameters())
         self._averages = {
             name: p.detach().to(state_dtype(p) if p.is_floating_point() else p.dtype, copy=True)
@@ -81,6 +83,14 @@ class WeightEMA:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, p in self._parameters.items():
             to_local(p).copy_(to_local(values[name]))
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Drop whole parameters: ``fully_shard`` keeps some after a forward pass without backward pass, for the next one."""
+        for module in self._model.modules():
+            # Looked up on the class: a module is slow to say that it lacks something.
+            if hasattr(type(module), "reshard"):
+                module.reshard()  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, the decay, and the number of updates."""
