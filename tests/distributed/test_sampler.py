@@ -79,6 +79,46 @@ def test_another_batch_size_continues_with_the_examples_that_are_left():
     assert sorted(joined(seen + take(second, 4))) == list(range(12))
 
 
+class Growing:
+    """A batch size that is decided when the epoch begins, by something outside."""
+
+    def __init__(self, now: int = 2) -> None:
+        self.now = now
+        self.asked: list[int] = []
+
+    def batch_at(self, epoch: int) -> int:
+        self.asked.append(epoch)
+        return self.now
+
+
+def test_the_batch_may_change_where_an_epoch_begins():
+    sizes = Growing()
+    sampler = GlobalBatchSampler(10, sizes, seed=1)
+    take(sampler, 3)
+    sizes.now = 4
+    assert [len(batch) for batch in take(sampler, 2)] == [2, 2]  # to the end of the epoch
+    assert [len(batch) for batch in take(sampler, 3)] == [4, 4, 4]
+    assert sizes.asked == [0, 1, 2]
+    assert sampler.global_batch == 4
+    sizes.now = 11
+    take(sampler, 1)
+    with pytest.raises(ValueError, match=r"global_batch must be in \[1, 10\] .*got 11"):
+        next(sampler)
+    assert (sampler.epoch, sampler.global_batch) == (2, 4)
+
+
+@pytest.mark.parametrize("drawn", [0, 3, 5, 6, 8])
+def test_a_saved_place_keeps_the_batch_of_its_epoch(drawn):
+    sizes = Growing()
+    whole = GlobalBatchSampler(10, sizes, seed=1)
+    take(whole, min(drawn, 5))
+    sizes.now = 4
+    take(whole, drawn - min(drawn, 5))
+    resumed = GlobalBatchSampler(10, Growing(4), seed=1)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert take(resumed, 9) == take(whole, 9)
+
+
 def test_the_place_of_other_data_is_refused():
     sampler = GlobalBatchSampler(12, 4)
     take(sampler, 2)

@@ -1,15 +1,17 @@
-"""Schedules: the numbers of the published recipe, closed forms, resuming, chaining; rules that scale learning rates."""
+"""Schedules: the numbers of the published recipe, closed forms, resuming, chaining; scaling rules; batches that grow."""
 
+import json
 import math
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pytest
 import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import SequentialLR
 
+from conjugo.distributed import GlobalBatchSampler
 from conjugo.errors import UnknownName
-from conjugo.optim.schedules import WarmupCosine, WarmupPolynomial, scale_lr, warmup_factor
+from conjugo.optim.schedules import BatchSizeSchedule, WarmupCosine, WarmupPolynomial, scale_lr, warmup_factor
 
 
 def optimizer(*lrs: float | torch.Tensor) -> SGD:
@@ -159,6 +161,29 @@ def test_states_hold_plain_values_only(make, tmp_path):
     assert torch.load(tmp_path / "state", weights_only=True) == schedule.state_dict()
 
 
+@SCHEDULES
+def test_a_scale_acts_at_once_on_all_that_follows_and_is_resumed(make):
+    alone = optimizer(1.0)
+    expected = trace(alone, make(alone), 12)
+    tensor = torch.tensor(1.0, dtype=torch.float64)
+    for o in (optimizer(1.0, 0.1), optimizer(tensor, 0.1)):
+        schedule = make(o)
+        assert trace(o, schedule, 5) == pytest.approx(expected[:5])
+        schedule.rescale(4.0)
+        assert schedule.get_last_lr() == pytest.approx([4 * expected[5], 0.4 * expected[5]])
+        assert trace(o, schedule, 3) == pytest.approx([4 * lr for lr in expected[5:8]])
+        schedule.rescale(2.0)  # relative to the beginning
+        fresh = optimizer(1.0, 0.1)
+        resumed = make(fresh)
+        fresh.load_state_dict(o.state_dict())
+        resumed.load_state_dict(schedule.state_dict())
+        assert trace(fresh, resumed, 4) == pytest.approx([2 * lr for lr in expected[8:]])
+    assert o.param_groups[0]["lr"] is tensor
+    for scale in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"scale must be in \(0, inf\)"):
+            schedule.rescale(scale)
+
+
 # ---- bad input ----
 
 
@@ -226,3 +251,87 @@ def test_bad_scaling_is_named(arguments, message):
         scale_lr(*arguments)
     with pytest.raises(UnknownName, match="unknown scaling rule 'lineer'; did you mean 'linear'"):
         scale_lr(0.1, 256, 256, rule="lineer")
+
+
+# ---- batches that grow ----
+
+
+def test_batches_by_epoch():
+    schedule = BatchSizeSchedule([(0, 100), (2, 200), (5, 50)])
+    assert [schedule.batch_at(epoch) for epoch in range(8)] == [100, 100, 200, 200, 200, 50, 50, 50]
+    assert schedule.steps(1000, 4) == 10 + 10 + 5 + 5
+    assert schedule.steps(1000, 7) == 10 + 10 + 5 + 5 + 5 + 20 + 20
+
+
+@pytest.mark.parametrize(
+    ("milestones", "steps"),  # of 15 epochs of 1437 digits
+    [([(0, 64)], 330), ([(0, 64), (8, 512)], 190), ([(0, 32), (6, 128), (11, 512)], 327), ([(0, 64), (20, 512)], 330)],
+)
+def test_the_steps_are_those_that_the_sampler_takes(milestones, steps):
+    schedule = BatchSizeSchedule(milestones)
+    assert schedule.steps(1437, 15) == steps
+    sampler = GlobalBatchSampler(1437, schedule)
+    sizes = [(sampler.epoch, len(batch)) for batch in islice(sampler, steps + 1)]
+    assert [epoch for epoch, _ in sizes[-2:]] == [14, 15]
+    assert all(size == schedule.batch_at(epoch) for epoch, size in sizes)
+
+
+def test_part_of_an_epoch_is_rounded_to_whole_steps():
+    schedule = BatchSizeSchedule([(0, 100), (2, 200)])
+    assert [schedule.steps(1000, epochs) for epochs in (0.01, 0.5, 1.94, 2.5, 2.7)] == [0, 5, 19, 22, 24]
+
+
+def test_accumulation_follows_the_batch():
+    schedule = BatchSizeSchedule([(0, 48), (1, 96), (2, 384)], world_size=4, micro_batch=24)
+    assert [schedule.accumulation_at(epoch) for epoch in range(3)] == [1, 1, 4]
+    assert BatchSizeSchedule([(0, 96)], world_size=4).accumulation_at(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("lr", "factors"), [("constant", [1, 1, 1]), ("linear", [1, 4, 0.5]), ("sqrt", [1, 2, 0.5**0.5])]
+)
+def test_learning_rates_follow_the_batch(lr, factors):
+    schedule = BatchSizeSchedule([(0, 64), (1, 256), (2, 32)], lr=lr)
+    assert [schedule.lr_factor_at(epoch) for epoch in range(3)] == pytest.approx(factors)
+
+
+def test_a_saved_schedule_replaces_another():
+    schedule = BatchSizeSchedule([(0, 64), (3, 128)], lr="sqrt")
+    other = BatchSizeSchedule([(0, 32)], world_size=2)
+    other.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+    assert (other.milestones, other.lr, other.world_size) == (((0, 64), (3, 128)), "sqrt", 2)
+    with pytest.raises(ValueError, match="multiple of world_size = 2, got 5"):
+        other.load_state_dict({"milestones": [[0, 5]], "lr": "constant"})
+    assert other.batch_at(3) == 128
+
+
+@pytest.mark.parametrize(
+    ("milestones", "arguments", "message"),
+    [
+        ([], {}, r"milestones must be pairs .* the first 0, got \[\]"),
+        ([(1, 10)], {}, "milestones must be pairs .* the first 0"),
+        ([(0, 10), (3, 20), (3, 30)], {}, "milestones must be pairs .* growing epochs"),
+        ([(0, 10), (3, 20), (2, 30)], {}, "milestones must be pairs .* growing epochs"),
+        ([(0, 10), (2.5, 20)], {}, "milestones must be pairs of integers"),
+        ([(0, 10), (3, 0)], {}, "milestones must be of batches >= 1"),
+        ([(0, 10)], {"world_size": 0}, "world_size must be >= 1, got 0"),
+        ([(0, 10)], {"micro_batch": 0}, "micro_batch must be >= 1 or None, got 0"),
+        ([(0, 100)], {"world_size": 3}, "the batch must be a multiple of world_size = 3, got 100"),
+        ([(0, 24), (1, 100)], {"micro_batch": 24}, "the batch must be at most 24 .* or a multiple of that, got 100"),
+    ],
+)
+def test_bad_batch_schedules_are_named(milestones, arguments, message):
+    with pytest.raises(ValueError, match=f"BatchSizeSchedule: {message}"):
+        BatchSizeSchedule(milestones, **arguments)
+
+
+def test_bad_questions_to_a_batch_schedule_are_named():
+    schedule = BatchSizeSchedule([(0, 10), (1, 40)])
+    with pytest.raises(UnknownName, match="unknown scaling rule 'liner'; did you mean 'linear'"):
+        BatchSizeSchedule([(0, 10)], lr="liner")
+    with pytest.raises(ValueError, match="epoch must be >= 0, got -1"):
+        schedule.batch_at(-1)
+    with pytest.raises(ValueError, match="steps: n must be >= 40, the largest batch, got 39"):
+        schedule.steps(39, 4)
+    with pytest.raises(ValueError, match=r"epochs must be in \(0, inf\), got 0"):
+        schedule.steps(40, 0)

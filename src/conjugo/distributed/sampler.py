@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -10,7 +10,14 @@ from torch import Tensor
 
 from conjugo.errors import check
 
-__all__ = ["GlobalBatchSampler", "micro_batches", "share"]
+__all__ = ["BatchSizes", "GlobalBatchSampler", "micro_batches", "share"]
+
+
+class BatchSizes(Protocol):
+    """Batch sizes that may change from epoch to epoch, such as :class:`~conjugo.optim.schedules.BatchSizeSchedule`."""
+
+    def batch_at(self, epoch: int) -> int:
+        """Examples in each batch of epoch *epoch*; asked once, when the epoch begins."""
 
 
 class GlobalBatchSampler:
@@ -22,13 +29,15 @@ class GlobalBatchSampler:
 
     Args:
         n: number of examples, at least 1.
-        global_batch: examples per batch, over all workers and micro-batches, in [1, n].
+        global_batch: examples per batch, over all workers and micro-batches, in [1, n]; or an object whose
+            ``batch_at(epoch)`` says it at the beginning of each epoch.
         seed: at least 0.
         shuffle: False: every epoch is 0, 1, ..., n-1.
         drop_last: leave out the rest of an epoch that does not fill a batch; otherwise it is a smaller batch.
 
     Iterating gives int64 tensors [global_batch] on the CPU. The sampler is its own iterator: a second ``iter`` goes on
-    where the first one stopped, and ``state_dict`` is that place.
+    where the first one stopped, and ``state_dict`` is that place. The attribute ``global_batch`` is the size of the batches in
+    the present epoch.
 
     Raises:
         ValueError: an argument is out of its range, or a loaded state belongs to other data.
@@ -39,14 +48,20 @@ class GlobalBatchSampler:
     """
 
     def __init__(
-        self, n: int, global_batch: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = True
+        self,
+        n: int,
+        global_batch: int | BatchSizes,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
     ) -> None:
         owner = "GlobalBatchSampler"
         check(n >= 1, owner, "n", n, ">= 1")
-        check(1 <= global_batch <= n, owner, "global_batch", global_batch, f"in [1, {n}] (n, the number of examples)")
         check(seed >= 0, owner, "seed", seed, ">= 0")
         self.n = n
-        self.global_batch = global_batch
+        self._sizes = None if isinstance(global_batch, int) else global_batch
+        self.global_batch = self._checked(global_batch if isinstance(global_batch, int) else global_batch.batch_at(0))
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -60,11 +75,18 @@ class GlobalBatchSampler:
     def __next__(self) -> Tensor:
         left = self.n - self.consumed
         if left < (self.global_batch if self.drop_last else 1):
+            if self._sizes is not None:
+                self.global_batch = self._checked(self._sizes.batch_at(self.epoch + 1))
             self.epoch += 1
             self.consumed = 0
             self._order = self._permutation()
         batch = self._order[self.consumed : self.consumed + self.global_batch]
         self.consumed += len(batch)
+        return batch
+
+    def _checked(self, batch: int) -> int:
+        accepted = f"in [1, {self.n}] (n, the number of examples)"
+        check(1 <= batch <= self.n, "GlobalBatchSampler", "global_batch", batch, accepted)
         return batch
 
     def _permutation(self) -> Tensor:
@@ -75,17 +97,21 @@ class GlobalBatchSampler:
         return torch.randperm(self.n, generator=torch.Generator().manual_seed(mixed))
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the sequence, and what the sequence depends on besides the batch: plain numbers."""
+        """The place in the sequence, the batch there, and what the sequence depends on besides: plain numbers."""
         return {
             "n": self.n,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "epoch": self.epoch,
             "consumed": self.consumed,
+            "global_batch": self.global_batch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved place; the batch size may have changed since.
+        """Go on from a saved place.
+
+        A batch size that is a number may have changed since; one that changes with the epochs is the saved one to the end of
+        the epoch.
 
         Raises ValueError, before anything changes, when the place is in the sequence of another n, seed or shuffle.
         """
@@ -94,6 +120,8 @@ class GlobalBatchSampler:
             check(state_dict[name] == own, "GlobalBatchSampler", f"saved {name}", state_dict[name], f"{own!r} as here")
         self.epoch = state_dict["epoch"]
         self.consumed = state_dict["consumed"]
+        if self._sizes is not None:  # states of older versions do not know it: then it had not changed
+            self.global_batch = state_dict.get("global_batch", self.global_batch)
         self._order = self._permutation()
 
 
