@@ -12,10 +12,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {"_files", "_space", "_tensors", "errors", "_version"}
 METHODS = {"optim", "distributed"}
-ABOVE = {"training": METHODS | GROUND, "studies": {"training"} | METHODS | GROUND}
+ABOVE = {"training": METHODS | GROUND, "studies": {"training", "tabular"} | METHODS | GROUND}
 ABOVE["cli"] = {"studies", *ABOVE["studies"]}
 ALLOWED = {
     **dict.fromkeys(METHODS, GROUND),
+    "tabular": {"optim"} | GROUND,
     **ABOVE,
     **{room: {"_version"} for room in GROUND},
     "_space": {"_tensors", "errors"},
