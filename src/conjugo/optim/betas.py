@@ -6,10 +6,9 @@ ratios of the numbers in :class:`Products`. With an exact line search on a quadr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from conjugo._tensors import Array, namespace
 
@@ -30,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Products:
-    """Inner products of one step, each of the same shape (0-d, or one value per independent scope).
+    """Inner products of one step: Python floats, or tensors or arrays of one shape (one value per independent scope).
 
     Fletcher-Reeves and Polak-Ribiere need the first three only.
     """
@@ -46,10 +45,21 @@ class Products:
 
 def ratio(numerator: Array, denominator: Array) -> Array:
     """numerator / denominator; 0 where that is not finite or the denominator is 0 (the first step, convergence)."""
+    if isinstance(denominator, float):
+        value = numerator / denominator if denominator else 0.0
+        return value if math.isfinite(value) else 0.0
     xp = namespace(denominator)
     possible = denominator != 0
     value = numerator / xp.where(possible, denominator, 1.0)
     return xp.where(possible & xp.isfinite(value), value, 0.0)
+
+
+def _at_least(x: Array, bound: Array) -> Array:
+    return max(x, bound) if isinstance(x, float) else x.clip(min=bound)
+
+
+def _at_most(x: Array, bound: Array) -> Array:
+    return min(x, bound) if isinstance(x, float) else x.clip(max=bound)
 
 
 def fletcher_reeves(t: Products) -> Array:
@@ -74,26 +84,26 @@ def dai_yuan(t: Products) -> Array:
 
 def hybrid_dai_yuan(t: Products) -> Array:
     """max(0, min(HS, DY)) (Dai & Yuan 2001)."""
-    return torch.minimum(hestenes_stiefel(t), dai_yuan(t)).clamp(min=0)
+    return _at_least(_at_most(hestenes_stiefel(t), dai_yuan(t)), 0.0)
 
 
 def fletcher_reeves_polak_ribiere(t: Products) -> Array:
     """PR clipped to [-FR, FR] (Gilbert & Nocedal 1992)."""
     bound = fletcher_reeves(t)
-    return torch.maximum(torch.minimum(polak_ribiere(t), bound), -bound)
+    return _at_least(_at_most(polak_ribiere(t), bound), -bound)
 
 
 def hager_zhang(t: Products) -> Array:
     """HS - 2 <y, P y> <g, d'> / <d', y>^2, not below -1/(|d'| min(0.01, |g'|)) (Hager & Zhang 2005)."""
     value = ratio(t.rho - t.cross, t.dy) - 2 * ratio(t.yPy, t.dy) * ratio(t.gd, t.dy)
-    floor = -ratio(torch.ones_like(t.dd), t.dd.sqrt() * t.rho_prev.sqrt().clamp(max=0.01))
-    return torch.maximum(value, floor)
+    floor = -ratio(1.0, t.dd**0.5 * _at_most(t.rho_prev**0.5, 0.01))
+    return _at_least(value, floor)
 
 
 def dai_kou(t: Products) -> Array:
     """max(HS - <y, P y> <g, d'> / <d', y>^2, <g, d'> / (2 |d'|^2)) (Dai & Kou 2013)."""
     value = ratio(t.rho - t.cross, t.dy) - ratio(t.yPy, t.dy) * ratio(t.gd, t.dy)
-    return torch.maximum(value, 0.5 * ratio(t.gd, t.dd))
+    return _at_least(value, 0.5 * ratio(t.gd, t.dd))
 
 
 RULES: dict[str, Callable[[Products], Array]] = {
@@ -106,4 +116,5 @@ RULES: dict[str, Callable[[Products], Array]] = {
     "hz": hager_zhang,
     "dai-kou": dai_kou,
 }
-"""The formulas by name. :class:`conjugo.optim.NLCG` offers ``fr`` and ``pr``, the paper's two."""
+"""The formulas by name. :class:`conjugo.optim.NLCG` offers ``fr`` and ``pr``, the paper's two;
+:func:`conjugo.optim.minimize` all, ``pr`` and ``hs`` clipped at 0."""
