@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conjugo.optim.line_search import LineSearch, degradation
+from conjugo.optim.step_sizes import Seen
 
 KINDS = [pytest.param(np.asarray, id="numpy"), pytest.param(lambda v: torch.tensor(v, dtype=torch.float64), id="torch")]
 
@@ -39,7 +40,8 @@ def follow(search, losses, make):
     base, ema, ema_prev = make(1.0), make(0.0), make(0.0)
     rows = []
     for t, loss in enumerate(losses):
-        base, remove, ema, ema_prev = search(make(float(t)), make(loss), base, ema, ema_prev)
+        seen = Seen(step=make(float(t)), lr=make(1.0), square=make(1.0), loss=make(loss))
+        _, (base, ema, ema_prev), remove = search(seen, (base, ema, ema_prev))
         rows.append([float(base), float(remove), float(ema)])
     return rows
 

@@ -1,13 +1,14 @@
-"""The vector work of an NLCG step on CPU tensors by the optional C kernels: the passes of :mod:`conjugo.optim._passes`.
+"""The vector work of the optimizers' steps on CPU tensors by the optional C kernels.
 
-Without temporaries the passes cost what their memory traffic costs: 56 bytes per float32 parameter with the BFGS preconditioner
-(AdamW: 28), 24 without preconditioner (SGD with momentum: 20).
+:class:`FusedPasses` does what :mod:`conjugo.optim._passes` specifies. Without temporaries the passes cost what their memory
+traffic costs: 56 bytes per float32 parameter with the BFGS preconditioner (AdamW: 28), 24 without preconditioner (SGD with
+momentum: 20). :class:`KernelTable` is what a kernel reads and writes; :mod:`conjugo.optim._updates` has one too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from conjugo._tensors import CHUNK, Array
-from conjugo.optim._passes import Move, Scale
+from conjugo.optim._passes import Move
+from conjugo.optim._vectors import Scale
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 
 try:
@@ -24,7 +26,7 @@ try:
 except ImportError:  # the package was built without a C compiler
     kernels = None
 
-__all__ = ["FusedPasses", "kernels", "suits"]
+__all__ = ["FusedPasses", "KernelTable", "kernels", "suits"]
 
 SERIAL = 4 * CHUNK
 """Below this number of values a second thread costs more than it saves."""
@@ -37,9 +39,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 
 
-def suits(blocks: Sequence[Block], preconditioner: Preconditioner) -> bool:
-    """Whether the kernels can do the work: dense CPU parameters of one type, float32 or float64, and a built-in P."""
-    if kernels is None or type(preconditioner) not in (Identity, DiagonalBFGS):
+def suits(blocks: Sequence[Block], preconditioner: Preconditioner | None = None) -> bool:
+    """Whether the kernels can do the work: dense CPU parameters of one type, float32 or float64, and a built-in P or none."""
+    if kernels is None or type(preconditioner) not in (type(None), Identity, DiagonalBFGS):
         return False
     params = [p for block in blocks for p in block.pieces()]
     return all(
@@ -52,31 +54,29 @@ def suits(blocks: Sequence[Block], preconditioner: Preconditioner) -> bool:
     )
 
 
-class FusedPasses:
-    """The passes over all parameters of *blocks*, shared out over the threads that PyTorch may use.
+class KernelTable:
+    """Addresses and coefficients of the parameters of *blocks*, and the kernels that run over them.
 
-    Scalars are numpy arrays here.
+    The work is cut into pieces that do not depend on the number of threads; those that PyTorch may use share it.
+
+    columns: columns of the table of addresses, by the name of the state that they point to.
     """
 
-    on_host = True
-
-    def __init__(self, blocks: Sequence[Block], preconditioner: Preconditioner) -> None:
+    def __init__(self, blocks: Sequence[Block], columns: Mapping[str, int], *, owner: str) -> None:
         k = kernels
-        self._precond = preconditioner
-        self._hessian = k.F_HESSIAN if isinstance(preconditioner, DiagonalBFGS) else 0
+        self._owner = owner
         self._blocks = blocks
-        self._params = [p for block in blocks for p in block.pieces()]
-        self._states = [state for block in blocks for state in block.states]
-        self._layouts = [(p.dtype, p.stride()) for p in self._params]
-        self._double = self._params[0].dtype == torch.float64
-        n, sizes = len(self._params), [p.numel() for p in self._params]
+        params = [p for block in blocks for p in block.pieces()]
+        states = [state for block in blocks for state in block.states]
+        self._layouts = [(p.dtype, p.stride()) for p in params]
+        self._double = params[0].dtype == torch.float64
+        n, sizes = len(params), [p.numel() for p in params]
         self._threaded = sum(sizes) > SERIAL
 
-        self._pointers = np.zeros((n, k.N_POINTERS), dtype=np.int64)
-        for column, name in ((k.PREV, "grad_prev"), (k.HESS, "h"), (k.DIR, "direction")):
-            if name in self._states[0]:
-                self._pointers[:, column] = [state[name].data_ptr() for state in self._states]
-        self._store = k.F_STORE if "grad_prev" in self._states[0] and not self._hessian else 0
+        self.params: list[Tensor] = params
+        self.pointers = np.zeros((n, k.N_POINTERS), dtype=np.int64)
+        for name, column in columns.items():
+            self.pointers[:, column] = [state[name].data_ptr() for state in states]
         # An empty parameter has one empty piece.
         pieces = [
             (i, at, min(CHUNK, size - at)) for i, size in enumerate(sizes) for at in range(0, max(size, 1), CHUNK)
@@ -84,66 +84,35 @@ class FusedPasses:
         self._pieces = np.array(pieces, dtype=np.int64)
         self._first_pieces = np.searchsorted(self._pieces[:, 0], np.arange(n))
         self._sums = np.zeros((len(pieces), k.N_SUMS))
-        self._coefficients = np.zeros((n, k.N_COEFFICIENTS))
-        if isinstance(preconditioner, DiagonalBFGS):
-            self._coefficients[:, k.LOW], self._coefficients[:, k.HIGH] = preconditioner.limits
-        tables = (self._pointers, self._coefficients, self._pieces, self._sums)
+        self.coefficients = np.zeros((n, k.N_COEFFICIENTS))
+        tables = (self.pointers, self.coefficients, self._pieces, self._sums)
         self._addresses = [table.ctypes.data for table in tables]
         self._gradients: list[Tensor] = []
 
-    def gradient(self, scales: Sequence[Scale], *, direction: bool, cross: bool, fresh: Array) -> Array:
-        """[n, 4], see :mod:`conjugo.optim._passes`."""
-        k, c = kernels, self._coefficients
-        self._bind()
-        for i, (factor, decay) in enumerate(scales):
-            c[i, k.SCALE], c[i, k.DECAY] = float(factor), float(decay)
-        if isinstance(self._precond, DiagonalBFGS):
-            c[:, k.EPS] = self._precond.eps(fresh)
-        flags = (k.F_DIRECTION if direction else 0) | (k.F_CROSS | self._hessian if cross else 0)
-        return self._run(k.OP_GRADIENT, flags)
+    def bind(self, scales: Sequence[Scale]) -> None:
+        """Take the addresses of this step's gradients, and those of the parameters, which may have been exchanged.
 
-    def difference(self) -> Array:
-        """[n], see :mod:`conjugo.optim._passes`."""
-        return self._run(kernels.OP_DIFFERENCE)[:, 0]
-
-    def precondition(self, secant: Secant, *, fresh: Array) -> Array:
-        """[n, 4], see :mod:`conjugo.optim._passes`; the caller has seen that the step is finite.
-
-        Without preconditioner 0: all is known from the first pass.
+        scales: what the kernels see of gradient and parameter, for each parameter.
         """
-        k, c = kernels, self._coefficients
-        if not isinstance(self._precond, DiagonalBFGS):
-            return np.zeros((len(c), 4))
-        c[:, k.EPS] = self._precond.eps(fresh)
-        c[:, k.ROOT_A], c[:, k.ROOT_B], c[:, k.SHIFT] = self._precond.coefficients(secant)
-        flags = k.F_UPDATE if c[:, k.ROOT_A].any() else 0
-        return self._run(k.OP_PRECONDITION, flags | (k.F_ABSOLUTE if self._precond.reference else 0))
-
-    def move(self, move: Move) -> Array:
-        """[n, 2], see :mod:`conjugo.optim._passes`."""
-        k, c = kernels, self._coefficients
-        c[:, k.BETA], c[:, k.TAU] = move.beta, move.tau
-        c[:, k.UNDO] = 0.0 if move.undo is None else move.undo
-        c[:, k.KEEP] = 1.0 if move.keep is None else move.keep
-        flags = self._hessian | self._store | (0 if move.undo is None else k.F_UNDO)
-        totals = self._run(k.OP_MOVE, flags)[:, :2]
-        self._gradients = []
-        torch.autograd.graph.increment_version(self._params)
-        return totals
-
-    def _bind(self) -> None:
-        """Take the addresses of this step's gradients, and those of the parameters, which may have been exchanged."""
-        self._params = [p for block in self._blocks for p in block.pieces()]
+        self.params = [p for block in self._blocks for p in block.pieces()]
         raw = [g for block in self._blocks for g in block.raw_gradients()]
         self._gradients = gradients = []
-        for p, g, (dtype, stride) in zip(self._params, raw, self._layouts, strict=True):
+        for p, g, (dtype, stride) in zip(self.params, raw, self._layouts, strict=True):
             if p.dtype != dtype or p.stride() != stride or p.device.type != "cpu":
-                raise RuntimeError(f"NLCG: a parameter of shape {tuple(p.shape)} changed its type, device or strides")
+                raise RuntimeError(
+                    f"{self._owner}: a parameter of shape {tuple(p.shape)} changed its type, device or strides"
+                )
             gradients.append(g if g.stride() == stride and g.dtype == dtype else torch.empty_like(p).copy_(g))
-        self._pointers[:, kernels.PARAM] = [p.data_ptr() for p in self._params]
-        self._pointers[:, kernels.GRAD] = [g.data_ptr() for g in gradients]
+        self.pointers[:, kernels.PARAM] = [p.data_ptr() for p in self.params]
+        self.pointers[:, kernels.GRAD] = [g.data_ptr() for g in gradients]
+        self.scale(scales)
 
-    def _run(self, op: int, flags: int = 0) -> Array:
+    def scale(self, scales: Sequence[Scale]) -> None:
+        """Set what the kernels see of gradient and parameter."""
+        for i, (factor, decay) in enumerate(scales):
+            self.coefficients[i, kernels.SCALE], self.coefficients[i, kernels.DECAY] = float(factor), float(decay)
+
+    def run(self, op: int, flags: int = 0) -> Array:
         """One pass; its sums per parameter, float64 [n, 4]."""
 
         def part(begin: int, end: int) -> None:
@@ -155,6 +124,66 @@ class FusedPasses:
         else:
             _share(part, len(self._pieces), threads)
         return np.add.reduceat(self._sums, self._first_pieces, axis=0)
+
+    def release(self) -> None:
+        """The step is done: let go of the gradients, and tell autograd that the parameters have changed."""
+        self._gradients = []
+        torch.autograd.graph.increment_version(self.params)
+
+
+class FusedPasses:
+    """The passes over all parameters of *blocks*. Scalars are numpy arrays here."""
+
+    on_host = True
+
+    def __init__(self, blocks: Sequence[Block], preconditioner: Preconditioner) -> None:
+        k = kernels
+        self._precond = preconditioner
+        self._hessian = k.F_HESSIAN if isinstance(preconditioner, DiagonalBFGS) else 0
+        columns = {"grad_prev": k.PREV, "h": k.HESS, "direction": k.DIR}
+        has = {name: column for name, column in columns.items() if name in blocks[0].states[0]}
+        self._store = k.F_STORE if "grad_prev" in has and not self._hessian else 0
+        self._table = KernelTable(blocks, has, owner="NLCG")
+        if isinstance(preconditioner, DiagonalBFGS):
+            c = self._table.coefficients
+            c[:, k.LOW], c[:, k.HIGH] = preconditioner.limits
+
+    def gradient(self, scales: Sequence[Scale], *, direction: bool, cross: bool, fresh: Array) -> Array:
+        """[n, 4], see :mod:`conjugo.optim._passes`."""
+        k = kernels
+        self._table.bind(scales)
+        if isinstance(self._precond, DiagonalBFGS):
+            self._table.coefficients[:, k.EPS] = self._precond.eps(fresh)
+        flags = (k.F_DIRECTION if direction else 0) | (k.F_CROSS | self._hessian if cross else 0)
+        return self._table.run(k.OP_GRADIENT, flags)
+
+    def difference(self) -> Array:
+        """[n], see :mod:`conjugo.optim._passes`."""
+        return self._table.run(kernels.OP_DIFFERENCE)[:, 0]
+
+    def precondition(self, secant: Secant, *, fresh: Array) -> Array:
+        """[n, 4], see :mod:`conjugo.optim._passes`; the caller has seen that the step is finite.
+
+        Without preconditioner 0: all is known from the first pass.
+        """
+        k, c = kernels, self._table.coefficients
+        if not isinstance(self._precond, DiagonalBFGS):
+            return np.zeros((len(c), 4))
+        c[:, k.EPS] = self._precond.eps(fresh)
+        c[:, k.ROOT_A], c[:, k.ROOT_B], c[:, k.SHIFT] = self._precond.coefficients(secant)
+        flags = k.F_UPDATE if c[:, k.ROOT_A].any() else 0
+        return self._table.run(k.OP_PRECONDITION, flags | (k.F_ABSOLUTE if self._precond.reference else 0))
+
+    def move(self, move: Move) -> Array:
+        """[n, 2], see :mod:`conjugo.optim._passes`."""
+        k, c = kernels, self._table.coefficients
+        c[:, k.BETA], c[:, k.TAU] = move.beta, move.tau
+        c[:, k.UNDO] = 0.0 if move.undo is None else move.undo
+        c[:, k.KEEP] = 1.0 if move.keep is None else move.keep
+        flags = self._hessian | self._store | (0 if move.undo is None else k.F_UNDO)
+        totals = self._table.run(k.OP_MOVE, flags)[:, :2]
+        self._table.release()
+        return totals
 
 
 def _share(part: Callable[[int, int], None], n: int, threads: int) -> None:

@@ -1,6 +1,7 @@
-/* The vector work of an NLCG step on CPU tensors: few passes over memory.
+/* The vector work of the optimizers' steps on CPU tensors: few passes over memory.
  *
- * Optional: without this module the optimizers take their PyTorch paths, which are the specification (see _passes.py).
+ * Optional: without this module the optimizers take their PyTorch paths, which are the specification (see _passes.py and
+ * _updates.py).
  * Works on blocks of flat, equally laid out tensors. Sums are written per block, so that their total does not depend on how
  * the blocks are shared out over threads.
  */
@@ -10,10 +11,11 @@
 #include <stdint.h>
 
 enum { PARAM, GRAD, PREV, HESS, DIR, N_POINTERS };
-enum { SCALE, DECAY, EPS, ROOT_A, ROOT_B, SHIFT, LOW, HIGH, BETA, TAU, UNDO, KEEP, N_COEFFICIENTS };
+enum { SCALE, DECAY, EPS, ROOT_A, ROOT_B, SHIFT, LOW, HIGH, BETA, TAU, UNDO, KEEP, GAIN, LOOK, N_COEFFICIENTS };
 enum { N_SUMS = 4, RUN = 512 };
-enum { OP_GRADIENT, OP_DIFFERENCE, OP_PRECONDITION, OP_MOVE };
+enum { OP_GRADIENT, OP_DIFFERENCE, OP_PRECONDITION, OP_MOVE, OP_MOMENTUM };
 enum { F_DECAY = 1, F_DIRECTION = 2, F_CROSS = 4, F_HESSIAN = 8, F_UPDATE = 16, F_ABSOLUTE = 32, F_STORE = 64, F_UNDO = 128 };
+enum { F_LOOK = 256 }; /* found out by the kernel itself, tensor by tensor, like F_DECAY */
 
 typedef struct {
     int64_t tensor, start, length;
@@ -50,7 +52,7 @@ static PyObject *run(PyObject *self, PyObject *args) {
     Py_ssize_t begin, end;
     if (!PyArg_ParseTuple(args, "iipKKKKnn", &op, &flags, &is_double, &pointers, &coefficients, &blocks, &sums, &begin, &end))
         return NULL;
-    if (op < OP_GRADIENT || op > OP_MOVE) {
+    if (op < OP_GRADIENT || op > OP_MOMENTUM) {
         PyErr_SetString(PyExc_ValueError, "no such operation");
         return NULL;
     }
@@ -79,8 +81,8 @@ PyMODINIT_FUNC PyInit__kernels(void) {
 #define EXPORT(name) PyModule_AddIntConstant(m, #name, name)
     if (EXPORT(PARAM) || EXPORT(GRAD) || EXPORT(PREV) || EXPORT(HESS) || EXPORT(DIR) || EXPORT(N_POINTERS) ||
         EXPORT(SCALE) || EXPORT(DECAY) || EXPORT(EPS) || EXPORT(ROOT_A) || EXPORT(ROOT_B) || EXPORT(SHIFT) || EXPORT(LOW) ||
-        EXPORT(HIGH) || EXPORT(BETA) || EXPORT(TAU) || EXPORT(UNDO) || EXPORT(KEEP) || EXPORT(N_COEFFICIENTS) ||
-        EXPORT(N_SUMS) || EXPORT(OP_GRADIENT) || EXPORT(OP_DIFFERENCE) || EXPORT(OP_PRECONDITION) || EXPORT(OP_MOVE) ||
+        EXPORT(HIGH) || EXPORT(BETA) || EXPORT(TAU) || EXPORT(UNDO) || EXPORT(KEEP) || EXPORT(GAIN) || EXPORT(LOOK) ||
+        EXPORT(N_COEFFICIENTS) || EXPORT(N_SUMS) || EXPORT(OP_MOMENTUM) || EXPORT(OP_GRADIENT) || EXPORT(OP_DIFFERENCE) || EXPORT(OP_PRECONDITION) || EXPORT(OP_MOVE) ||
         EXPORT(F_DECAY) || EXPORT(F_DIRECTION) || EXPORT(F_CROSS) || EXPORT(F_HESSIAN) || EXPORT(F_UPDATE) ||
         EXPORT(F_ABSOLUTE) || EXPORT(F_STORE) || EXPORT(F_UNDO)) {
         Py_DECREF(m);

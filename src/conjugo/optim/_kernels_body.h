@@ -100,6 +100,22 @@ INLINE void SUFFIX(move)(T *restrict p, const T *restrict g, T *restrict prev, c
     out[0] = sum_xd, out[1] = sum_dd, out[2] = out[3] = 0;
 }
 
+/* m <- BETA m + GAIN x, p <- KEEP p - TAU m - LOOK x; without F_DIRECTION there is no m */
+INLINE void SUFFIX(momentum)(T *restrict p, const T *restrict g, T *restrict m, int64_t n, const double *c, const int flags) {
+    const T scale = (T)c[SCALE], decay = (T)c[DECAY], beta = (T)c[BETA], gain = (T)c[GAIN], keep = (T)c[KEEP];
+    const T tau = (T)c[TAU], look = (T)c[LOOK];
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const T x = EFFECTIVE(i), kept = p[i] * keep;
+        if (flags & F_DIRECTION) {
+            const T momentum = m[i] * beta + x * gain;
+            m[i] = momentum;
+            p[i] = (flags & F_LOOK) ? kept - momentum * tau - x * look : kept - momentum * tau;
+        } else
+            p[i] = kept - x * look;
+    }
+}
+
 #undef EFFECTIVE
 
 /* The flags of the hot cases are constants where the loops are inlined, so that no test stays inside them. */
@@ -113,7 +129,7 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
 #define AT(which) (at[which] ? (T *)(uintptr_t)at[which] + block->start : (T *)0)
         T *p = AT(PARAM), *g = AT(GRAD), *prev = AT(PREV), *h = AT(HESS), *d = AT(DIR);
 #undef AT
-        const int on = flags | ((c[SCALE] != 1 || c[DECAY] != 0) ? F_DECAY : 0);
+        const int on = flags | ((c[SCALE] != 1 || c[DECAY] != 0) ? F_DECAY : 0) | (op == OP_MOMENTUM && c[LOOK] != 0 ? F_LOOK : 0);
 #define CASE(which, call)                                                                                                \
     case (which): {                                                                                                      \
         const int f = (which);                                                                                           \
@@ -151,6 +167,19 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
                 CASE(F_DECAY, CALL)
                 CASE(F_UPDATE, CALL)
                 CASE(F_UPDATE | F_DECAY, CALL)
+                OTHER(CALL)
+            }
+#undef CALL
+            break;
+        case OP_MOMENTUM:
+#define CALL SUFFIX(momentum)(p, g, d, n, c, f)
+            switch (on) {
+                CASE(F_DIRECTION, CALL)
+                CASE(F_DIRECTION | F_DECAY, CALL)
+                CASE(F_DIRECTION | F_LOOK, CALL)
+                CASE(F_DIRECTION | F_LOOK | F_DECAY, CALL)
+                CASE(F_LOOK, CALL)
+                CASE(F_LOOK | F_DECAY, CALL)
                 OTHER(CALL)
             }
 #undef CALL

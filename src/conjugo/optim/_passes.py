@@ -21,14 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conjugo._tensors import Array, dot, wide_dtype
+from conjugo._tensors import Array, wide_dtype
 from conjugo.optim._base import as_real
+from conjugo.optim._vectors import Scale, add, dots, effective_gradients, minus, scale, subtract
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 
-__all__ = ["Move", "Scale", "TensorPasses"]
-
-Scale = tuple[float | Tensor, float | Tensor]
-"""x = first * gradient + second * parameter; numbers or 0-d tensors."""
+__all__ = ["Move", "TensorPasses"]
 
 
 class Move(NamedTuple):
@@ -58,12 +56,12 @@ class TensorPasses:
         """[n, 4]; those with d and with P g' only if asked for, else 0. fresh: bool [n], P was never updated."""
         rows = []
         for start, block in self._blocks:
-            xs = block.gradients = _effective(block, scales[start : start + len(block.params)])
-            xx = _dots(xs, xs, block.foreach)
+            xs = block.gradients = effective_gradients(block, scales[start : start + len(block.params)])
+            xx = dots(xs, xs, block.foreach)
             ds = block.state("direction")
-            xd, dd = (_dots(v, ds, block.foreach) if direction else torch.zeros_like(xx) for v in (xs, ds))
+            xd, dd = (dots(v, ds, block.foreach) if direction else torch.zeros_like(xx) for v in (xs, ds))
             old = self._precond.apply(block, block.state("grad_prev"), fresh[start]) if cross else None
-            xz = torch.zeros_like(xx) if old is None else _dots(xs, old, block.foreach)
+            xz = torch.zeros_like(xx) if old is None else dots(xs, old, block.foreach)
             rows.append(torch.stack([xx, xd, xz, dd], 1))
         return torch.cat(rows)
 
@@ -71,8 +69,8 @@ class TensorPasses:
         """[n]."""
         rows = []
         for _, block in self._blocks:
-            ys = _minus(block.gradients, block.state("grad_prev"), block.foreach)
-            rows.append(_dots(ys, ys, block.foreach))
+            ys = minus(block.gradients, block.state("grad_prev"), block.foreach)
+            rows.append(dots(ys, ys, block.foreach))
         return torch.cat(rows)
 
     def precondition(self, secant: Secant, *, fresh: Tensor) -> Tensor:
@@ -102,9 +100,9 @@ class TensorPasses:
             return [zero] * 4
         learns = self._precond.learns_from_steps
         return [
-            _dots(block.gradients, z, block.foreach),
-            _dots(self._precond.multiply(block, ds), ds, block.foreach) if learns else zero,
-            *([_dots(z, z, block.foreach), _dots(z, ds, block.foreach)] if self._wants_z else [zero, zero]),
+            dots(block.gradients, z, block.foreach),
+            dots(self._precond.multiply(block, ds), ds, block.foreach) if learns else zero,
+            *([dots(z, z, block.foreach), dots(z, ds, block.foreach)] if self._wants_z else [zero, zero]),
         ]
 
     def move(self, move: Move) -> Tensor:
@@ -115,14 +113,14 @@ class TensorPasses:
             beta, tau = (c[start].to(ds[0].dtype) for c in (move.beta, move.tau))
             ps = [as_real(p) for p in block.pieces()]
             if move.keep is not None:
-                _scale(ps, move.keep[start].to(ps[0].dtype), block.foreach)
+                scale(ps, move.keep[start].to(ps[0].dtype), block.foreach)
             if move.undo is not None:
-                _add(ps, ds, move.undo[start].to(ds[0].dtype), block.foreach)
-            _scale(ds, beta, block.foreach)
-            _subtract(ds, z, block.foreach)
-            _add(ps, ds, tau, block.foreach)
+                add(ps, ds, move.undo[start].to(ds[0].dtype), block.foreach)
+            scale(ds, beta, block.foreach)
+            subtract(ds, z, block.foreach)
+            add(ps, ds, tau, block.foreach)
             if not self._sharded:
-                rows.append(torch.stack([_dots(v, ds, block.foreach) for v in (block.gradients, ds)], 1))
+                rows.append(torch.stack([dots(v, ds, block.foreach) for v in (block.gradients, ds)], 1))
             block.gradients = []
         self._z = []
         return (
@@ -130,72 +128,9 @@ class TensorPasses:
         )
 
 
-def _effective(block: Block, scales: Sequence[Scale]) -> list[Tensor]:
-    """scale[0] * gradient + scale[1] * parameter in the type of the state; the gradient itself where that is the same."""
-    dtype = block.state("direction")[0].dtype
-    gs = [as_real(g).to(dtype) for g in block.raw_gradients()]
-    ps = [as_real(p).to(dtype) for p in block.pieces()]
-    factor, decay = scales[0]
-    if block.foreach and isinstance(factor, float) and isinstance(decay, float) and set(scales) == {scales[0]}:
-        if factor == 1 and decay == 0:
-            return gs
-        xs = torch._foreach_mul(gs, factor)
-        torch._foreach_add_(xs, ps, alpha=decay)
-        return list(xs)
-    return [
-        g if isinstance(scale[0], float) and scale == (1.0, 0.0) else (g * scale[0] + p * scale[1]).to(dtype)
-        for g, p, scale in zip(gs, ps, scales, strict=True)
-    ]
-
-
-def _dots(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> Tensor:
-    """Parts of the sum of <x, y>, one for each pair, in float64; only their sum matters to those who share scalars."""
-    if not foreach:
-        return torch.stack([dot(x, y) for x, y in zip(xs, ys, strict=True)])
-    wide = wide_dtype(xs[0].device)
-    if xs is ys:
-        return torch.stack(torch._foreach_norm(xs, dtype=wide)).square_()
-    # One reduction over everything instead of one for each pair: on a GPU launches cost more than the copy.
-    products = torch.cat([z.flatten() for z in torch._foreach_mul(xs, ys)])
-    parts = torch.zeros(len(xs), dtype=wide, device=xs[0].device)
-    parts[0] = products.sum(dtype=wide)
-    return parts
-
-
-def _minus(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> list[Tensor]:
-    return list(torch._foreach_sub(xs, ys)) if foreach else [x - y for x, y in zip(xs, ys, strict=True)]
-
-
-def _scale(xs: list[Tensor], factor: Tensor, foreach: bool) -> None:
-    """x <- factor x."""
-    if foreach:
-        torch._foreach_mul_(xs, factor)
-        return
-    for x in xs:
-        x.mul_(factor)
-
-
-def _subtract(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> None:
-    """x <- x - y."""
-    if foreach:
-        torch._foreach_sub_(xs, ys)
-        return
-    for x, y in zip(xs, ys, strict=True):
-        x.sub_(y)
-
-
-def _add(xs: list[Tensor], ys: list[Tensor], factor: Tensor, foreach: bool) -> None:
-    """x <- x + factor y."""
-    if foreach:
-        torch._foreach_add_(xs, torch._foreach_mul(ys, factor))
-        return
-    for x, y in zip(xs, ys, strict=True):
-        x.add_(y * factor)
-
-
 def _replace(xs: list[Tensor], ys: list[Tensor], allowed: Tensor, foreach: bool) -> None:
     """x <- y where *allowed*, else x; y is 0 where it is not."""
-    _scale(xs, torch.logical_not(allowed).to(xs[0].dtype), foreach)
+    scale(xs, torch.logical_not(allowed).to(xs[0].dtype), foreach)
     if foreach:
         torch._foreach_add_(xs, ys)
         return

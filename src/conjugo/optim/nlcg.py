@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from conjugo._space import ParamSpace, Slices, is_dtensor, to_local
-from conjugo._tensors import Array, dot, namespace, wide_dtype
-from conjugo.errors import check, unknown
-from conjugo.optim._base import Group, Optimizer, as_real, check_lr, evaluate, state_dtype, zeros_for
-from conjugo.optim._fused import FusedPasses, suits
-from conjugo.optim._passes import Move, Scale, TensorPasses
+from conjugo._space import Slices, is_dtensor
+from conjugo._tensors import Array, dot, namespace
+from conjugo.errors import check
+from conjugo.optim._base import Group, as_real, check_lr, evaluate, state_dtype, zeros_for
+from conjugo.optim._fused import FusedPasses
+from conjugo.optim._passes import Move, TensorPasses
+from conjugo.optim._scoped import ScopedOptimizer
+from conjugo.optim._vectors import Scale
 from conjugo.optim.betas import RULES, Products, ratio
-from conjugo.optim.line_search import LineSearch, Verdict
+from conjugo.optim.line_search import LineSearch
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
+from conjugo.optim.step_sizes import Constant, StepSize, Verdict
 
 __all__ = ["NLCG", "lars_scale"]
 
@@ -28,22 +31,18 @@ EPS = 1e-8
 
 
 class Scalars(NamedTuple):
-    """The scalar state, one value per parameter: the columns of the table behind ``state[p]["scalars"]``.
+    """The scalar state, one value per parameter: columns of the table behind ``state[p]["scalars"]``.
 
     Inner products are the parameter's own part; what the method uses is their sum over the scope.
     """
 
     step: Array  # steps taken
     rho: Array  # <g', P g'>
-    base: Array  # factor of the line search on the learning rate
-    ema: Array  # running average of the loss
-    ema_prev: Array  # that average at the last comparison (line search "step")
-    tau: Array  # length of the last step: its lr times base
+    tau: Array  # length of the last step along d'
     pure: Array  # 1 if the last step was tau d', 0 if the line search took a part of an earlier one back
     gg: Array  # <g', g'>
     gd: Array  # <g', d'>
     dhd: Array  # <d', H d'>
-    skipped: Array  # steps skipped because something was not finite
 
 
 class Sums(NamedTuple):
@@ -60,7 +59,7 @@ class Sums(NamedTuple):
     rho: Array  # <g', P g'>
 
 
-class NLCG(Optimizer):
+class NLCG(ScopedOptimizer):
     r"""Stochastic preconditioned nonlinear conjugate gradients, for large mini-batches.
 
     One gradient per step. With :math:`g` the gradient, :math:`P` the preconditioner, :math:`d` the direction and
@@ -87,7 +86,8 @@ class NLCG(Optimizer):
         precond: ``"bfgs"``, ``"none"``, or a :class:`~conjugo.optim.preconditioners.Preconditioner`.
         line_search: ``"none"``; ``"online"`` or ``"step"``: when the loss grows against its running average (in every
             step; every *period* steps), the learning rate is reduced and a part of the last move is taken back. Needs the
-            loss of each step: ``step(closure)`` or ``step(loss=loss)``.
+            loss of each step: ``step(closure)`` or ``step(loss=loss)``. Or a
+            :class:`~conjugo.optim.step_sizes.StepSize` that makes a step size of the learning rate.
         period: steps between two looks of the line search ``"step"``, at least 1.
         threshold: scales the growth of the loss (1 % to 15 %) at which the line search reacts, above 0.
         removal: what the line search takes back: ``"previous"``, a part of the last move (the evident intention), or
@@ -148,19 +148,16 @@ class NLCG(Optimizer):
     """
 
     _pickled: ClassVar[tuple[str, ...]] = (
+        *ScopedOptimizer._pickled,
         "rule",
         "precond",
         "line_search",
         "removal",
         "mode",
-        "scope",
         "restart_on_ascent",
         "allow_missing",
-        "process_group",
         "sync_scalars",
         "shard_state",
-        "foreach",
-        "fused",
     )
     _slices: Slices | None = None  # made when first needed, also after unpickling
 
@@ -171,7 +168,7 @@ class NLCG(Optimizer):
         *,
         rule: Literal["fr", "pr"] = "fr",
         precond: Literal["bfgs", "none"] | Preconditioner = "bfgs",
-        line_search: Literal["none", "online", "step"] = "none",
+        line_search: Literal["none", "online", "step"] | StepSize = "none",
         period: int = 5,
         threshold: float = 1.0,
         removal: Literal["previous", "current"] | None = None,
@@ -193,26 +190,18 @@ class NLCG(Optimizer):
         fused: bool | None = None,
         maximize: bool = False,
     ) -> None:
-        _check_name("rule", rule, ("fr", "pr"))
-        _check_name("line_search", line_search, ("none", "online", "step"))
-        _check_name("removal", removal, ("previous", "current", None))
-        _check_name("mode", mode, ("exact", "reference"))
-        _check_name("scope", scope, ("global", "group", "tensor"))
-        check(not (foreach and fused), "NLCG", "foreach", foreach, "False or None together with fused=True")
+        self._check_name("rule", rule, ("fr", "pr"))
+        self._check_name("removal", removal, ("previous", "current", None))
+        self._check_name("mode", mode, ("exact", "reference"))
         self.rule = rule
         self.mode = mode
-        self.scope = scope
-        self.precond = _preconditioner(precond, h0, h_bounds, reference=mode == "reference")
-        search = LineSearch(kind=line_search, period=period, threshold=threshold)
-        self.line_search = None if line_search == "none" else search
+        self.precond = self._preconditioner(precond, h0, h_bounds)
+        self.line_search = self._step_size(line_search, period, threshold)
         self.removal = removal or ("previous" if mode == "exact" else "current")
         self.restart_on_ascent = restart_on_ascent
         self.allow_missing = allow_missing
-        self.process_group = process_group
         self.sync_scalars = sync_scalars
         self.shard_state = shard_state
-        self.foreach = foreach
-        self.fused = fused
         self._last: dict[str, Array] = {}
         defaults = {
             "lr": lr,
@@ -223,8 +212,7 @@ class NLCG(Optimizer):
             "beta_max": beta_max,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
-        ParamSpace([p for group in self.param_groups for p in group["params"]], group=process_group, owner="NLCG")
+        super().__init__(params, defaults, scope=scope, process_group=process_group, foreach=foreach, fused=fused)
 
     # Hooks of the base class -----------------------------------------------------------------------------------------
 
@@ -246,10 +234,7 @@ class NLCG(Optimizer):
         state = {"direction": zeros_for(home)}
         if self.precond.learns_from_steps or self.rule == "pr":
             state["grad_prev"] = zeros_for(home)
-        scalars = torch.zeros(len(Scalars._fields), dtype=wide_dtype(p.device), device=p.device)
-        scalars[Scalars._fields.index("base")] = 1.0
-        scalars[Scalars._fields.index("pure")] = 1.0
-        return state | self.precond.init_state(home) | {"scalars": scalars}
+        return state | self.precond.init_state(home) | {"scalars": self._fresh_scalars(p)}
 
     def _home(self, p: Tensor) -> Tensor:
         """*p* laid out as its state is to be."""
@@ -262,46 +247,44 @@ class NLCG(Optimizer):
             self._slices = Slices.over(self.process_group, device.type)
         return self._slices
 
-    def _state_replaced(self) -> None:
-        """Make the scalars of all parameters rows of one table, and forget what refers to the old tensors."""
-        self._last = {}
-        self._active: list[Tensor] = []
-        params = [p for group in self.param_groups for p in group["params"]]
-        devices = {p.device for p in params}
-        if len(devices) != 1:
-            return  # none, or several, which the first step refuses: a model may be on its way to another device
-        self._table = torch.stack([self.state[p]["scalars"] for p in params])
-        for p, row in zip(params, self._table.unbind(0), strict=True):
-            self.state[p]["scalars"] = row
-
-    # What the caller may look at ---------------------------------------------------------------------------------------
+    @property
+    def _sync(self) -> bool:
+        return self.sync_scalars
 
     @property
-    def skipped_steps(self) -> Tensor:
-        """Steps left out because a gradient or the loss was not finite: 0-d int64, on the device of the parameters."""
-        column = Scalars._fields.index("skipped")
-        counts = [self.state[p]["scalars"][column] for group in self.param_groups for p in group["params"]]
-        return torch.stack(counts).max().to(torch.int64)
+    def _apart(self) -> bool:
+        return self.scope == "tensor"
+
+    @property
+    def _method_start(self) -> dict[str, float]:
+        return {name: float(name == "pure") for name in Scalars._fields}
+
+    @property
+    def _rule(self) -> StepSize:
+        return Constant() if self.line_search is None else self.line_search
+
+    def _state_replaced(self) -> None:
+        self._last = {}
+        super()._state_replaced()
+
+    # What the caller may look at ---------------------------------------------------------------------------------------
 
     @property
     def last(self) -> dict[str, Tensor]:
         """Numbers of the last step, for logging; tensors on the device, so reading one waits for the step.
 
-        ``beta``; ``base_lr`` (the line search's factor); ``rho`` = <g, P g>; ``cosine`` of the angle between the
-        direction and -g; ``skipped`` (bool); with ``"bfgs"`` also ``ys`` = <y, s> and ``shs`` = <s, H s>. 0-d with scope
-        ``"global"``, else one value for each parameter. Empty before the first step.
+        ``beta``; ``step_size``; ``base_lr``, its ratio to the learning rate; ``rho`` = <g, P g>; ``cosine`` of the angle
+        between the direction and -g; ``skipped`` (bool); with ``"bfgs"`` also ``ys`` = <y, s> and ``shs`` = <s, H s>. 0-d
+        with scope ``"global"``, else one value for each parameter. Empty before the first step.
         """
         if "rho" not in self._last:
             return {}
         rho, gg, gd, dd = (self._pool(self._last[name]) for name in ("rho", "gg", "gd", "dd"))
-        names = ["beta", "base_lr", "skipped"] + ["ys", "shs"] * self.precond.learns_from_steps
+        names = ["beta", "step_size", "base_lr", "skipped"] + ["ys", "shs"] * self.precond.learns_from_steps
         shown = {name: self._last[name] for name in names}
         root = namespace(gg).sqrt
         shown |= {"rho": rho, "cosine": ratio(-gd, root(gg) * root(dd))}
-        values = {n: value if isinstance(value, Tensor) else torch.tensor(value) for n, value in shown.items()}
-        if self.scope == "global":
-            return {name: value if value.ndim == 0 else value[0] for name, value in values.items()}
-        return values
+        return self._shown(shown)
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -317,9 +300,10 @@ class NLCG(Optimizer):
         If a gradient or the loss holds NaN or infinity, or a gradient is so large that its squared norm is not finite,
         nothing changes but the count in :attr:`skipped_steps`.
         """
-        if self.line_search is not None and closure is None and loss is None:
+        if self._rule.needs_loss and closure is None and loss is None:
+            name = self.line_search.kind if isinstance(self.line_search, LineSearch) else self.line_search
             raise ValueError(
-                f"NLCG: line_search={self.line_search.kind!r} needs the loss of each step: call step(closure) with a "
+                f"NLCG: line_search={name!r} needs the loss of each step: call step(closure) with a "
                 "closure that returns it, or step(loss=loss)"
             )
         value = evaluate(closure)
@@ -328,11 +312,10 @@ class NLCG(Optimizer):
         return value
 
     def _step(self, loss: Tensor | float | None) -> None:
-        passes, space, table = self._passes, self._space, self._scalar_table()
-        if space.has_dtensors:
-            space.canonical_grads()
-        xp = namespace(table)
-        old = Scalars(*table[self._rows].T)
+        passes, space = self._passes, self._space
+        columns = self._columns()
+        xp = namespace(columns[0])
+        old = Scalars(*columns[: len(Scalars._fields)])
         first = old.step == 0
         lr = self._per_parameter("lr")
 
@@ -346,11 +329,13 @@ class NLCG(Optimizer):
         (xx, xd, cross, old_dd, change), value = self._shared(parts, loss)
         finite = xp.isfinite(xx.sum() + value)
         if passes.on_host and not finite:
-            self._finish(table, old, finite)
+            self._count_skipped()
             self._last = self._last | {"skipped": ~finite}
             return
 
-        sums = self._pooled(old, lr, xx, xd, cross, old_dd)
+        # The authors measure the last step with today's learning rate.
+        tau = lr * self._base(columns) if self.mode == "reference" else old.tau
+        sums = self._pooled(old, tau, xx, xd, cross, old_dd)
         secant = self._secant(old, sums, finite, change)
         # Second sum over ranks, which needs the results of the first one: the preconditioner has changed.
         products = passes.precondition(secant, fresh=first).T
@@ -359,10 +344,9 @@ class NLCG(Optimizer):
         else:
             rho, old_dhd, zz, zd = space.reduce(products)
         beta = self._beta(old, sums, rho)
-        base, remove, ema, ema_prev = self._search(old, value)
-        length = lr * base
-        tau, undo = self._lengths(length, lr * old.base if self.mode == "reference" else old.tau, remove)
-        move = Move(beta, tau, undo, self._keep(lr))
+        verdict = self._decide(columns, lr=lr, square=rho, loss=value)
+        along, undo = self._lengths(verdict, tau)
+        move = Move(beta, along, undo, self._keep(lr))
         gd, dd = passes.move(move if passes.on_host else _nothing_unless(finite, move)).T
         if self._slices is not None:
             self._slices.gather(p for p in self._active if not is_dtensor(p))
@@ -371,12 +355,13 @@ class NLCG(Optimizer):
             gd, dd = beta * xd - rho, zz - 2 * beta * zd + beta * beta * old_dd
         eps = self.precond.eps(first) if isinstance(self.precond, DiagonalBFGS) else 0.0
         dhd = (rho - eps * zz) - 2 * beta * (xd - eps * zd) + beta * beta * old_dhd
-        pure = xp.where(remove == 0, 1.0, 0.0)
-        new = Scalars(old.step + 1, rho, base, ema, ema_prev, length, pure, xx, gd, dhd, old.skipped)
-        self._finish(table, new, finite)
+        pure = 1.0 + 0 * lr if verdict.remove is None else xp.where(verdict.remove == 0, 1.0, 0.0)
+        new = Scalars(old.step + 1, rho, verdict.length, pure, xx, gd, dhd)
+        self._keep_scalars(new, verdict.state, finite)
         self._last = {
             "beta": beta,
-            "base_lr": base,
+            "step_size": verdict.length,
+            "base_lr": ratio(verdict.length, lr),
             "rho": rho,
             "ys": sums.ys,
             "shs": sums.shs,
@@ -397,12 +382,11 @@ class NLCG(Optimizer):
             rows, value = space.reduce_with_mean(rows, value)
         elif space.group is not None:
             # Each rank has its own loss, and a decision may rest only on what all have.
-            value = 0 * value if self.line_search is None else space.mean(value)
+            value = space.mean(value) if self._rule.needs_loss else 0 * value
         return (list(rows) if early else [*rows, None]), value
 
-    def _pooled(self, old: Scalars, lr: Array, xx: Array, xd: Array, cross: Array, dd: Array) -> Sums:
+    def _pooled(self, old: Scalars, tau: Array, xx: Array, xd: Array, cross: Array, dd: Array) -> Sums:
         """All sums over the scope that are known before the preconditioner is updated, in one go."""
-        tau = lr * old.base if self.mode == "reference" else old.tau
         # <y, s> = tau (<g, d'> - <g', d'>) takes no pass over memory.
         parts = (tau * (xd - old.gd), tau * tau * old.dhd, tau * tau * dd, xx, old.gg, xd, cross, old.rho)
         return Sums(tau, *self._pool(namespace(xx).stack(parts)))
@@ -442,66 +426,19 @@ class NLCG(Optimizer):
             beta = xp.where(uphill, 0.0, beta)
         return xp.where(seen, beta, 0.0)
 
-    def _search(self, old: Scalars, loss: Array) -> Verdict:
-        if self.line_search is None:
-            return Verdict(old.base, 0 * old.base, old.ema, old.ema_prev)
-        return self.line_search(old.step, loss, old.base, old.ema, old.ema_prev)
+    def _base(self, columns: Sequence[Array]) -> Array:
+        """The factor of the paper's line search on the learning rate in the last step; 1 without."""
+        return self._rule_state(columns)[0] if isinstance(self.line_search, LineSearch) else 1.0
 
-    def _lengths(self, length: Array, previous: Array, remove: Array) -> tuple[Array, Array | None]:
-        """Multiples of the new and of the previous direction in the move; *remove*: the part to be taken back."""
-        if self.line_search is None:
+    def _lengths(self, verdict: Verdict, previous: Array) -> tuple[Array, Array | None]:
+        """Multiples of the new and of the previous direction in the move."""
+        length = verdict.length
+        if verdict.remove is None:
             return length, None
-        remove = namespace(length).where(length > EPS, remove, 0.0)
+        remove = namespace(length).where(length > EPS, verdict.remove, 0.0)
         if self.removal == "current":
             return (1 - remove) * length - remove * previous, None
         return (1 - remove) * length, -remove * previous
-
-    def _finish(self, table: Array, new: Scalars, finite: Array) -> None:
-        """Write the scalars of a finite step; count one that is not."""
-        xp = namespace(table)
-        if self._passes.on_host and finite:
-            table[self._rows] = xp.stack(new, 1)
-            return
-        old = Scalars(*table[self._rows].T)
-        counted = old._replace(skipped=old.skipped + 1)
-        table[self._rows] = xp.where(finite, xp.stack(new, 1), xp.stack(counted, 1))
-
-    # Scalars per parameter ---------------------------------------------------------------------------------------------
-
-    def _pool(self, parts: Array) -> Array:
-        """Sums over the scope, of one part for each parameter, at each parameter; *parts* and result [..., n]."""
-        if self.scope == "tensor":
-            return parts
-        xp = namespace(parts)
-        spans = [slice(None)] if self.scope == "global" else self._spans
-        pieces = [parts[..., span] for span in spans]
-        sums = [xp.broadcast_to(piece.sum(-1)[..., None], piece.shape) for piece in pieces]
-        return sums[0] if len(sums) == 1 else xp.concatenate(sums, -1)
-
-    def _per_parameter(self, name: str) -> Array:
-        """The option *name* (a number or a 0-d tensor) of each parameter's group, float64 [n]."""
-        values = [group[name] for group in self._active_groups]
-        sizes = [span.stop - span.start for span in self._spans]
-        if self._passes.on_host:
-            return np.repeat([float(value) for value in values], sizes)
-        like = self._table
-        parts = [
-            value.to(like, non_blocking=True).expand(n)
-            if isinstance(value, Tensor)
-            else torch.full((n,), value, dtype=like.dtype, device=like.device)
-            for value, n in zip(values, sizes, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _keep(self, lr: Array) -> Array | None:
-        """1 - lr weight_decay where the decay is decoupled; None if nowhere."""
-        decays = [g["weight_decay"] if g["decoupled"] else 0.0 for g in self._active_groups]
-        if not any(decays):
-            return None
-        keep = namespace(lr).ones_like(lr)
-        for span, decay in zip(self._spans, decays, strict=True):
-            keep[span] -= lr[span] * decay
-        return keep
 
     def _scales(self) -> list[Scale]:
         """For each parameter the factors of the gradient and of the parameter in what the method sees."""
@@ -538,7 +475,7 @@ class NLCG(Optimizer):
 
     def _loss_value(self, loss: Tensor | float | None) -> Array:
         """This rank's loss beside the scalars, without dimension; 0 if there is none."""
-        if loss is None or (self.line_search is None and not isinstance(loss, Tensor | float | int)):
+        if loss is None or not (self._rule.needs_loss or isinstance(loss, Tensor | float | int)):
             return 0.0 if self._passes.on_host else torch.zeros_like(self._table[0, 0])
         like = self._table
         if isinstance(loss, Tensor):
@@ -548,105 +485,48 @@ class NLCG(Optimizer):
             value = torch.full((), float(loss), dtype=like.dtype, device=like.device)
         return value.item() if self._passes.on_host else value
 
-    def _scalar_table(self) -> Array:
-        """The scalars of all parameters [parameters, columns], as numpy's on the host; writing to it writes the state."""
-        return self._table.numpy() if self._passes.on_host else self._table
-
     # Which parameters take part ----------------------------------------------------------------------------------------
 
     def _prepare(self) -> bool:
-        """Find the parameters that take part in this step; whether there are any."""
         if self.allow_missing:
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is None and p.requires_grad:
                         p.grad = torch.zeros_like(p)
-        work = self._with_gradient()
-        active = [p for _, params in work for p in params]
-        if len(active) == len(self._active) and all(a is b for a, b in zip(active, self._active)):
-            return bool(active)
-        if not active:
-            return False
-        if self._active:
-            raise RuntimeError(
-                f"NLCG: {len(active)} parameters have a gradient, in the last step {len(self._active)} (others) had: beta "
-                "compares gradients of the same parameters; pass allow_missing=True to count a missing gradient as zero"
-            )
-        self._plan(work, active)
-        return True
+        return super()._prepare()
 
-    def _plan(self, work: list[tuple[Group, list[Tensor]]], active: list[Tensor]) -> None:
-        """Lay out blocks and passes for the parameters *active*."""
-        everything = [p for group in self.param_groups for p in group["params"]]
-        devices = sorted({str(p.device) for p in everything})
-        if len(devices) > 1:
-            raise RuntimeError(f"NLCG: all parameters must be on one device, got {', '.join(devices)}")
-        self._follow(active[0].device)
-        space = self._space = ParamSpace(
-            active,
-            group=self.process_group,
-            sync=self.sync_scalars,
-            slices=self._cut(active[0].device),
-            labels=[i for i, p in enumerate(everything) if p.grad is not None],
-            owner="NLCG",
+    def _set_changed(self, before: int, now: int) -> None:
+        raise RuntimeError(
+            f"NLCG: {now} parameters have a gradient, in the last step {before} (others) had: beta "
+            "compares gradients of the same parameters; pass allow_missing=True to count a missing gradient as zero"
         )
-        owned = dict(zip(active, space.owned, strict=True))
-        order = {p: i for i, p in enumerate(everything)}
-        self._active_groups = [group for group, _ in work]
-        self._indices = []
-        self._spans: list[slice] = []
-        blocks: list[Block] = []
-        for group, params in work:
-            start = self._spans[-1].stop if self._spans else 0
-            self._spans.append(slice(start, start + len(params)))
-            position = {p: i for i, p in enumerate(group["params"])}
-            self._indices.append([position[p] for p in params])
-            blocks += self._blocks(group, params, owned)
-        self._active = active
-        self._passes = self._choose_passes(blocks)
-        rows = torch.tensor([order[p] for p in active])
-        self._rows: Array = rows.numpy() if self._passes.on_host else rows.to(self._table.device)
-        if len(active) == len(everything):
-            self._rows = slice(None)
 
-    def _blocks(self, group: Group, params: list[Tensor], owned: dict[Tensor, bool]) -> Iterable[Block]:
-        """Runs of neighbouring *params* with one type, counted here or not; single tensors if each has its own scalars."""
-        foreach = self.foreach if self.foreach is not None else params[0].device.type != "cpu"
+    def _lay_out(self, blocks: list[Block]) -> bool:
+        self._passes: TensorPasses | FusedPasses
+        if self._use_kernels(blocks, self.precond):
+            self._passes = FusedPasses(blocks, self.precond)
+        else:
+            self._passes = TensorPasses(blocks, self.precond, sharded=self._space.sharded)
+        return self._passes.on_host
 
-        def block(run: list[Tensor]) -> Block:
-            states = [{name: to_local(tensor) for name, tensor in self.state[p].items()} for p in run]
-            return Block(group, run, states, foreach, self._space.local)
+    # Options ---------------------------------------------------------------------------------------------------------
 
-        run: list[Tensor] = []
-        for p in params:
-            if run and (self.scope == "tensor" or p.dtype != run[-1].dtype or owned[p] != owned[run[-1]]):
-                yield block(run)
-                run = []
-            run.append(p)
-        yield block(run)
+    def _preconditioner(self, precond: str | Preconditioner, h0: float, bounds: tuple[float, float]) -> Preconditioner:
+        built_in = DiagonalBFGS(h0=h0, bounds=bounds, reference=self.mode == "reference")
+        if isinstance(precond, Preconditioner):
+            return precond
+        self._check_name("precond", precond, ("bfgs", "none"))
+        return built_in if precond == "bfgs" else Identity()
 
-    def _choose_passes(self, blocks: list[Block]) -> TensorPasses | FusedPasses:
-        fits = suits(blocks, self.precond)
-        if self.fused and not fits:
-            raise RuntimeError(
-                "NLCG: fused=True needs dense float32 or float64 parameters of one type on a CPU, a built-in "
-                "preconditioner, and the compiled kernels (see `conjugo doctor`)"
-            )
-        if fits and self.fused is not False and not self.foreach:
-            return FusedPasses(blocks, self.precond)
-        return TensorPasses(blocks, self.precond, sharded=self._space.sharded)
-
-    def _follow(self, device: torch.device) -> None:
-        """Move the state to where the parameters went since construction."""
-        if self._table.device == device:
-            return
-        if self._slices is not None or any(is_dtensor(p) for p in self.state):
-            raise RuntimeError(
-                f"NLCG: sharded state cannot follow to {device}: make the optimizer when the model is there"
-            )
-        for p, state in self.state.items():
-            self.state[p] = {name: tensor.to(p.device) for name, tensor in state.items()}
-        self._state_replaced()
+    def _step_size(self, line_search: str | StepSize, period: int, threshold: float) -> StepSize | None:
+        if isinstance(line_search, StepSize):
+            given = type(line_search).__name__
+            check(not line_search.needs_distance, "NLCG", "line_search", given, "a step size that needs no distance")
+            check(self.mode == "exact", "NLCG", "mode", self.mode, f"'exact' with line_search={given}")
+            return line_search
+        self._check_name("line_search", line_search, ("none", "online", "step"))
+        search = LineSearch(kind=line_search, period=period, threshold=threshold)
+        return None if line_search == "none" else search
 
 
 def lars_scale(weight_norm: Tensor, grad_norm: Tensor, coefficient: float | Tensor) -> Tensor:
@@ -665,18 +545,3 @@ def _nothing_unless(finite: Tensor, move: Move) -> Move:
     """*move* where *finite*; else, with a gradient of zeros, one that leaves directions and parameters as they are."""
     neutral = Move(1.0, 0.0, 0.0, 1.0)
     return Move(*(None if c is None else torch.where(finite, c, other) for c, other in zip(move, neutral, strict=True)))
-
-
-def _check_name(argument: str, value: object, known: Sequence[str | None]) -> None:
-    if value not in known:
-        unknown(f"NLCG {argument}", value, [name for name in known if name is not None])
-
-
-def _preconditioner(
-    precond: str | Preconditioner, h0: float, bounds: tuple[float, float], *, reference: bool
-) -> Preconditioner:
-    built_in = DiagonalBFGS(h0=h0, bounds=bounds, reference=reference)
-    if isinstance(precond, Preconditioner):
-        return precond
-    _check_name("precond", precond, ("bfgs", "none"))
-    return built_in if precond == "bfgs" else Identity()
