@@ -91,6 +91,14 @@ def test_what_goes_wrong_is_said_in_one_line(capsys, tmp_path, monkeypatch, argv
         (["--lr", "fast"], "--lr: it must be a number or null, got 'fast'"),
         (["--batch-size", "1.5"], "--batch-size: it must be an integer or 'full', got 1.5"),
         (["--steps", "["], "--steps: it must be an integer or null, got '['"),
+        (["--batch-schedule", "8"], "--batch-schedule"),
+        (["--batch-schedule", "8", "many"], "--batch-schedule"),
+        (
+            ["--batch-schedule", "8", "512", "4", "64"],
+            "batch_schedule must be pairs of integers (epoch >= 1, batch >= 1)",
+        ),
+        (["--batch-schedule", "1", "2000"], "batch_schedule must be at most 1437"),
+        (["--discard-small-loss", "1"], "discard_small_loss must be in [0, 1), got 1"),
         (["--schedule", "cosin"], "'cosine'"),
         (["--optimizer-options", "momentum"], "pairs of name and value"),
         (["--config"], "--config"),
@@ -221,6 +229,16 @@ def test_numbers_among_optimizer_options(capsys, tmp_path):
     assert yaml.safe_load(call(capsys, *argv, *words)[1])["optimizer_options"] == {**expected, "amsgrad": True}
 
 
+def test_a_batch_schedule_in_pairs(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("batch_size: 64\nbatch_schedule: [[8, 512]]")
+    argv = ["train", "--config", str(tmp_path / "run.yaml"), "--print-config"]
+    assert yaml.safe_load(call(capsys, *argv)[1])["batch_schedule"] == [[8, 512]]
+    shown = yaml.safe_load(call(capsys, *argv, "--batch-schedule", "2", "128", "4", "256")[1])
+    assert (shown["batch_size"], shown["batch_schedule"]) == (64, [[2, 128], [4, 256]])
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(shown))
+    assert yaml.safe_load(call(capsys, "train", "--config", str(tmp_path / "all.yaml"), "--print-config")[1]) == shown
+
+
 @pytest.mark.parametrize("value", ["None", "null"])
 def test_no_value_can_be_asked_for(capsys, tmp_path, value):
     (tmp_path / "run.yaml").write_text("lr: 0.5\nmodel: cnn\nimage_size: 8")
@@ -246,6 +264,8 @@ def test_the_printed_configuration_can_be_fed_back(capsys, tmp_path, command):
         ("train", "steps: 1.5", "steps must be an integer or null, got 1.5"),
         ("train", "augment: 3", "augment must be true or false, got 3"),
         ("train", "lr: -1", "lr must be in [0, inf)"),
+        ("train", "batch_schedule: [8, 512]", "batch_schedule[0] must be a list"),
+        ("train", "batch_schedule: [[8, 512, 1]]", "batch_schedule must be pairs of integers"),
         ("train", "- 1", "settings expected"),
         ("train", "a: [", "cannot be understood"),
         ("train", "data: \xe9", "cannot be understood"),

@@ -78,6 +78,7 @@ def test_the_losses_of_one_worker(world, parallel):
 
 
 NO_NORM = replace(TABLE, micro_batch=7)  # 7 + 7 + 6: unequal shares
+GROWING = replace(NO_NORM, batch_schedule=((1, 31), (2, 48)), steps=11)  # 20 x 4, 31 x 3, 48 x 4
 HARD = {
     "uneven shares": (NO_NORM, "table"),
     "one example at a time": (replace(TABLE, batch_size=7, micro_batch=1), "table"),
@@ -93,6 +94,16 @@ HARD = {
     "lars": (replace(NO_NORM, optimizer="lars", lr=10.0), "table"),
     "lamb": (replace(NO_NORM, optimizer="lamb"), "table"),
     "augmented images": (replace(IMAGES, model="mlp", micro_batch=4), "images"),
+    "growing batch": (replace(GROWING, batch_schedule_lr="linear", lr=0.1), "table"),
+    "growing batch of augmented images": (
+        replace(IMAGES, model="mlp", batch_size=8, batch_schedule=((1, 30),), steps=11),
+        "images",
+    ),
+    "without small losses": (replace(GROWING, micro_batch=None, discard_small_loss=0.6), "table"),
+    "without small losses, micro-batches": (
+        replace(GROWING, discard_small_loss=0.6, discard_forward="twice"),
+        "table",
+    ),
     "synchronised batch norm": (replace(IMAGES, sync_batch_norm=True, precision="float32"), "images"),
 }
 LAYOUTS = {
@@ -289,6 +300,8 @@ RESUMED = {
     "ddp, adamw": (replace(NO_NORM, optimizer="adamw", asynchronous=True), "table"),
     "fsdp": (replace(NO_NORM, parallel="fsdp", ema=0.9), "table"),
     "fsdp, momentum": (replace(NO_NORM, parallel="fsdp", optimizer="momentum"), "table"),
+    "ddp, growing batch": (replace(GROWING, batch_schedule_lr="sqrt"), "table"),
+    "ddp, without small losses": (replace(GROWING, discard_small_loss=0.4, discard_forward="twice"), "table"),
     "ddp, images": (replace(IMAGES, checkpoints=0), "images"),
     "fsdp, images": (replace(IMAGES, checkpoints=0, parallel="fsdp"), "images"),
 }

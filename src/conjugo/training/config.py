@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -12,13 +13,15 @@ from torch import nn
 
 from conjugo.errors import check, unknown
 from conjugo.optim import NLCG
+from conjugo.optim.schedules import LRScaling
 from conjugo.training import models, optimizers
 
-__all__ = ["Parallel", "Precision", "Schedule", "TrainConfig", "TrainResult", "finite"]
+__all__ = ["DiscardForward", "Parallel", "Precision", "Schedule", "TrainConfig", "TrainResult", "finite"]
 
 Schedule = Literal["polynomial", "cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Parallel = Literal["ddp", "fsdp", "hsdp"]
+DiscardForward = Literal["once", "twice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +41,14 @@ class TrainConfig:
         weight_decay: Coefficient of the weight decay, in the way of the optimizer.
         optimizer_options: Other options of the optimizer, by name.
         batch_size: Examples per step, over all workers, or full for all of the training data.
+        batch_schedule: Pairs of an epoch >= 1 and a batch size: from the beginning of that epoch on batches have this size
+            instead. 8 512 12 1024: 512 from epoch 8 on, 1,024 from epoch 12 on. An epoch here is a pass through the data in
+            whole batches; what is left over waits for the next one.
+        batch_schedule_lr: How the learning rate follows the batch: constant, linear or sqrt.
         micro_batch: Most examples that a worker sends through the model at once; the gradients of a batch are added up,
             each example with equal weight. None: all of the worker's share.
-        epochs: Times that the training data is gone through, rounded to whole steps.
+        epochs: Times that the training data is gone through, rounded to whole steps; with batch_schedule the passes in whole
+            batches.
         steps: Steps, instead of epochs.
         schedule: polynomial: warm-up with power 1/2, drops to 1/10 and 1/100 at 51 % and 76.5 % of the steps (Adya,
             Palakkode & Tuzel 2018); cosine: linear warm-up, half a cosine down to 0; constant: the warm-up only.
@@ -48,6 +56,11 @@ class TrainConfig:
         decay_norm_and_bias: Whether weight decay acts on parameters with one dimension too.
         ema: Limit of the decay of a running average of the weights, with which evaluations are made; None: no average.
         label_smoothing: Share of the target that is spread over all classes, in [0, 1).
+        discard_small_loss: Fraction of each batch, the examples with the smallest losses, whose gradient is left out after the
+            warm-up, in [0, 1).
+        discard_forward: once: all of a batch goes forward and backward, which wants a worker's share in one micro-batch; twice:
+            forward without gradients, then forward and backward with the kept examples only. That saves time beyond a
+            fraction of 1/3, and batch norm sees the kept examples only.
         augment: Random crops and flips where the data allow them.
         precision: bfloat16 is autocast; auto: that where it pays (convolutions on hardware with bfloat16 units).
         channels_last: Memory layout of images; None: for convolutional models.
@@ -84,6 +97,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     optimizer_options: dict[str, Any] = field(default_factory=dict, hash=False)
     batch_size: int | Literal["full"] = 128
+    batch_schedule: tuple[tuple[int, int], ...] = ()
+    batch_schedule_lr: LRScaling = "constant"
     micro_batch: int | None = None
     epochs: float = 20.0
     steps: int | None = None
@@ -92,6 +107,8 @@ class TrainConfig:
     decay_norm_and_bias: bool = True
     ema: float | None = None
     label_smoothing: float = 0.0
+    discard_small_loss: float = 0.0
+    discard_forward: DiscardForward = "once"
     augment: bool = True
     precision: Precision = "auto"
     channels_last: bool | None = None
@@ -116,12 +133,16 @@ class TrainConfig:
         if self.model is not None and self.model not in models.names():
             unknown("model", self.model, models.names())
         factory = optimizers.entry(self.optimizer).factory
-        choices = (("schedule", Schedule), ("precision", Precision), ("parallel", Parallel))
+        choices = (
+            *(("schedule", Schedule), ("precision", Precision), ("parallel", Parallel)),
+            *(("batch_schedule_lr", LRScaling), ("discard_forward", DiscardForward)),
+        )
         for name, accepted in ((name, get_args(choice)) for name, choice in choices):
             if getattr(self, name) not in accepted:
                 unknown(name, getattr(self, name), accepted)
         if self.batch_size != "full":
             self._check_count("batch_size", "an integer >= 1 or 'full'")
+        self._check_batch_schedule()
         for name in ("evaluations", "keep", "max_skipped"):
             self._check_count(name, "an integer >= 1")
         for name in ("micro_batch", "steps", "threads", "image_size", "shard_workers"):
@@ -135,17 +156,23 @@ class TrainConfig:
         self._check("warmup", 0 <= self.warmup <= 1, "a fraction of the steps, in [0, 1]")
         self._check("ema", self.ema is None or 0 <= self.ema < 1, "in [0, 1) or None")
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        self._check("discard_small_loss", 0 <= self.discard_small_loss < 1, "in [0, 1)")
         self._check("clip_norm", self.clip_norm is None or 0 < self.clip_norm < math.inf, "in (0, inf) or None")
         hsdp, sliced = self.parallel == "hsdp", factory is NLCG and self.parallel == "ddp"
         self._check("shard_workers", self.shard_workers is None or hsdp, "None unless parallel is 'hsdp'")
         self._check("shard_state", not self.shard_state or sliced, "False unless the optimizer is NLCG, under 'ddp'")
 
+    def _check_batch_schedule(self) -> None:
+        pairs = self.batch_schedule
+        good = all(len(pair) == 2 and all(_is_count(number) for number in pair) for pair in pairs)
+        good = good and all(early[0] < late[0] for early, late in pairwise(pairs))
+        self._check("batch_schedule", good, "pairs of integers (epoch >= 1, batch >= 1), with growing epochs")
+
     def _check(self, name: str, condition: bool, accepted: str) -> None:
         check(condition, "TrainConfig", name, getattr(self, name), accepted)
 
     def _check_count(self, name: str, accepted: str, *, least: int = 1) -> None:
-        value = getattr(self, name)
-        self._check(name, isinstance(value, int) and not isinstance(value, bool) and value >= least, accepted)
+        self._check(name, _is_count(getattr(self, name), least), accepted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON, YAML or TOML (which has no None: leave those out there)."""
@@ -161,7 +188,8 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 unknown("training setting", name, known)
-        return cls(**values)
+        pairs = values.get("batch_schedule", ())
+        return cls(**{**values, "batch_schedule": tuple(tuple(pair) for pair in pairs)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +221,10 @@ class TrainResult:
     def to_dict(self) -> dict[str, Any]:
         """All but the model, as plain values."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "model"}
+
+
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def finite(value: torch.Tensor) -> float | None:

@@ -33,8 +33,9 @@ from conjugo.distributed import (
     warn_of_small_micro_batch,
 )
 from conjugo.errors import TrainingDiverged, check
-from conjugo.optim import WeightEMA
-from conjugo.optim.schedules import ScheduleLR, WarmupCosine, WarmupPolynomial
+from conjugo.optim import DiscardSmallLoss, WeightEMA
+from conjugo.optim.schedules import BatchSizeSchedule, ScheduleLR, WarmupCosine, WarmupPolynomial
+from conjugo.optim.small_loss import kept_count
 from conjugo.training import data as datasets
 from conjugo.training import models, optimizers
 from conjugo.training.batch_norm import RunningStatistics
@@ -96,22 +97,20 @@ def train(
 class Trainer:
     """One training run: the model, its data, its optimizer, and how far they have come.
 
-    Of several workers each makes one, together. Raises ValueError if the batch is larger than the data, or smaller than the
+    Of several workers each makes one, together. Raises ValueError if a batch is larger than the data, or smaller than the
     number of workers.
     """
 
     def __init__(self, config: TrainConfig, data: datasets.Dataset) -> None:
         n = len(data.train)
-        batch_size = n if config.batch_size == "full" else config.batch_size
-        accepted = f"at most {n}, the number of training examples of {data.name!r}, or 'full'"
-        check(batch_size <= n, "TrainConfig", "batch_size", batch_size, accepted)
         self.workers = Workers()
+        self.batches = _batches(config, data, self.workers)
         accepted = f"at least {self.workers.size}, the number of workers"
-        check(batch_size >= self.workers.size, "TrainConfig", "batch_size", batch_size, accepted)
         check(len(data.test) >= self.workers.size, "train", "the number of test examples", len(data.test), accepted)
         self.config = config
-        self.batch_size = batch_size
-        self.steps = config.steps or max(1, round(config.epochs * n / batch_size))
+        self._cut(self.batches.batch_at(0))
+        whole = self.batches.steps(n, config.epochs) if config.batch_schedule else config.epochs * n / self.batch_size
+        self.steps = config.steps or max(1, round(whole))
         several = "without a number where there are several workers: each takes its own"
         check(self.workers.size == 1 or ":" not in config.device, "TrainConfig", "device", config.device, several)
         self.device = choose_device(config.device)
@@ -121,15 +120,11 @@ class Trainer:
         augment = datasets.default_augment(data) if data.kind == "image" else None
         self.train_data = self._feed(data.train, augment, random=config.augment)
         self.test_data = self._feed(data.test, augment, random=False)
-        self.sampler = GlobalBatchSampler(n, batch_size, seed=config.seed)
-        rows = torch.arange(batch_size)
-        shares = micro_batches(rows, self.workers.rank, self.workers.size, size=config.micro_batch)
-        self.parts = [(slice(int(part[0]), int(part[-1]) + 1), count) for part, count in zip(*shares, strict=True)]
-        """This worker's micro-batches: rows of a batch, and how many of them count."""
-
+        self.sampler = GlobalBatchSampler(n, self.batches, seed=config.seed)
         self._look_at_batch_norm()
         self.optimizer = _optimizer(config, self.model)
         self.schedule = _schedule(config, self.optimizer, self.steps)
+        self.discard = _discard(config, self.steps)
         self.guard = Guard(
             self.optimizer,
             self.model,
@@ -144,12 +139,14 @@ class Trainer:
         self.replicas = ReplicaCheck(self.model, every=config.replica_check) if watched else None
 
         self.step = 0
+        self.samples = 0
         self._interrupted: Callable[[], int] = _never
         self._signals = torch.zeros(2, dtype=torch.float64, device=self.device)
         if self.workers.size > 1:
             self._seed_worker()
         self.clock = Clock(self.device)
         self.loss_sum = torch.zeros((), device=self.device)  # over the steps since the last evaluation
+        self.loss_sum_all = torch.zeros_like(self.loss_sum)  # with the examples that were discarded
         self.loss_steps = 0
         self.history: list[Record] = []
 
@@ -177,12 +174,24 @@ class Trainer:
         )
         self.forward = torch.compile(self.spread) if config.compile else self.spread
 
+    def _cut(self, batch_size: int) -> None:
+        """Go on with batches of this size."""
+        self.batch_size = batch_size
+        self.parts = self._parts_of(batch_size)
+
+    def _parts_of(self, batch_size: int) -> list[tuple[slice, int]]:
+        """This worker's micro-batches: rows of a batch, and how many of them count."""
+        rows = torch.arange(batch_size)
+        shares = micro_batches(rows, self.workers.rank, self.workers.size, size=self.config.micro_batch)
+        return [(slice(int(part[0]), int(part[-1]) + 1), count) for part, count in zip(*shares, strict=True)]
+
     def _look_at_batch_norm(self) -> None:
         """Warn if it is to see much less than a batch."""
         together = self.workers.size if self.config.sync_batch_norm else 1
-        examples = together * min(rows.stop - rows.start for rows, _ in self.parts)
-        if examples < self.batch_size and self.workers.first:
-            warn_of_small_micro_batch(self.model, examples)
+        for _, batch_size in self.batches.milestones:
+            examples = together * min(rows.stop - rows.start for rows, _ in self._parts_of(batch_size))
+            if examples < batch_size and self.workers.first:
+                warn_of_small_micro_batch(self.model, examples)
 
     def _feed(self, split: datasets.Split, augment: datasets.Augment | None, *, random: bool) -> Feed:
         return Feed(
@@ -198,22 +207,16 @@ class Trainer:
 
     def train_step(self) -> None:
         """Draw a batch, sum the gradients of its micro-batches, and take one step of the optimizer."""
-        batch = self.train_data.draw(next(self.sampler))
+        batch = self.train_data.draw(self._next_batch())
         self.optimizer.zero_grad()
-        losses: list[Tensor] = []
-        with self.statistics.following(self.step, updates=len(self.parts)):
-            for rows, count in self.parts:
-                with self._syncing(last=len(losses) + 1 == len(self.parts)):
-                    with self._measured():
-                        loss = self.loss(*self.train_data.take(batch[rows]))
-                    # Gradients are averaged over the workers: so every example of the batch has the same weight.
-                    weight = self.workers.size * count / self.batch_size
-                    if weight != 1:
-                        loss = loss * weight
-                    loss.backward()  # type: ignore[no-untyped-call]
-                losses.append(loss.detach())
-        batch_loss = self._of_all_workers(sum(losses[1:], losses[0]))
+        if self.discard is None:
+            batch_loss = self._of_all_workers(self._backward(batch))
+        else:
+            loss, all_losses = self._backward_of_largest(batch, self.discard)
+            batch_loss = self._of_all_workers(loss)
+            self.loss_sum_all += batch_loss if all_losses is None else all_losses.mean()
         self.step += 1
+        self.samples += self.batch_size
         self.loss_sum += batch_loss
         self.loss_steps += 1
         self.guard.step(batch_loss)
@@ -224,6 +227,75 @@ class Trainer:
             self.stragglers.after_step()
         if self.replicas is not None:
             self.replicas.after_step()
+
+    def _next_batch(self) -> Tensor:
+        """Which examples: int64 [B]. Where an epoch begins with another batch size, all that goes by it follows."""
+        indices = next(self.sampler)
+        if len(indices) != self.batch_size:
+            self._cut(len(indices))
+            self.schedule.rescale(self.batches.lr_factor_at(self.sampler.epoch))
+            restart = getattr(self.optimizer, "restart", None)
+            if restart is not None:  # what it has learnt from other batches does not hold for these
+                restart()
+        return indices
+
+    def _backward(self, batch: Tensor) -> Tensor:
+        """The gradient of the mean loss of *batch*, a whole one or a part of it; the losses (0-d) of this worker's share."""
+        parts = self.parts if len(batch) == self.batch_size else self._parts_of(len(batch))
+        losses: list[Tensor] = []
+        with self.statistics.following(self.step, updates=len(parts)):
+            for rows, count in parts:
+                with self._syncing(last=len(losses) + 1 == len(parts)):
+                    with self._measured():
+                        loss = self.loss(*self.train_data.take(batch[rows]))
+                    # Gradients are averaged over the workers: so every example of the batch has the same weight.
+                    weight = self.workers.size * count / len(batch)
+                    if weight != 1:
+                        loss = loss * weight
+                    loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.detach())
+        return sum(losses[1:], losses[0])
+
+    def _backward_of_largest(self, batch: Tensor, discard: DiscardSmallLoss) -> tuple[Tensor, Tensor | None]:
+        """:meth:`_backward` without the small losses, and all losses [B] of the batch (None: the small ones were not left out).
+
+        The workers choose among the losses of all: so it does not depend on how they share the batch.
+        """
+        discard.steps = self.step
+        if not discard.active:
+            return self._backward(batch), None
+        if self.config.discard_forward == "twice":
+            losses = self._score(batch)
+            count = kept_count(len(batch), discard.q)
+            kept = discard.keep_mask(losses).int().argsort(descending=True, stable=True)[:count]
+            return self._backward(batch[kept]), losses
+        ((rows, _),) = self.parts
+        with self.statistics.following(self.step, updates=1):
+            with self._measured():
+                own = self.losses(*self.train_data.take(batch[rows]))
+            losses = self._losses_of_all([(rows, own.detach())])
+            keep = discard.keep_mask(losses)
+            loss = torch.where(keep[rows], own, 0.0).sum() * (self.workers.size / keep.sum())
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), losses
+
+    @torch.no_grad()
+    def _score(self, batch: Tensor) -> Tensor:
+        """Collective: the losses [B] of *batch*, which leave no trace in the model."""
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with self._measured():
+            own = [(rows, self.losses(*self.train_data.take(batch[rows]))) for rows, _ in self.parts]
+        if buffers:
+            torch._foreach_copy_(buffers, before)
+        return self._losses_of_all(own)
+
+    def _losses_of_all(self, own: list[tuple[slice, Tensor]]) -> Tensor:
+        """Collective: the losses [B] of the batch, the same on all workers. *own*: rows of this worker, and their losses."""
+        losses = torch.zeros(self.batch_size, device=self.device)
+        for rows, values in own:
+            losses[rows] = values
+        return self.workers.sum(losses)
 
     def _measured(self) -> AbstractContextManager[None]:
         """Around what each worker computes without waiting for others (but with shards also its forward pass waits)."""
@@ -255,6 +327,11 @@ class Trainer:
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of a batch (0-d, float32)."""
         return F.cross_entropy(self.logits(inputs), targets, label_smoothing=self.config.label_smoothing)
+
+    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each example of a batch (float32 [B])."""
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(self.logits(inputs), targets, label_smoothing=smoothing, reduction="none")
 
     def logits(self, inputs: Tensor) -> Tensor:
         """What the model says to a batch: float32 [B, num_classes]."""
@@ -352,22 +429,26 @@ class Trainer:
         self.guard.check()
         with self._averaged_statistics(), nullcontext() if self.ema is None else self.ema.averaged():
             loss, accuracy = self._test()
-        samples, seconds = self.step * self.batch_size, self.clock.seconds
+        samples, seconds = self.samples, self.clock.seconds
         record = {
             "step": self.step,
             "epoch": samples / self.sampler.n,
             "samples": samples,
+            "batch_size": self.batch_size,
             "train_loss": finite(self.loss_sum / max(1, self.loss_steps)),
             "loss": finite(loss),
             "accuracy": accuracy,
-            "lr": self.schedule.base_lrs[0] * self.schedule.factor(max(0, self.step - 1)),
+            "lr": self.schedule.base_lrs[0] * self.schedule.factor(max(0, self.step - 1)) * self.schedule.scale,
             "skipped_steps": self.guard.skipped,
             "seconds": seconds,
             "images_per_second": samples / seconds if seconds > 0 else 0.0,
         }
         last = getattr(self.optimizer, "last", {})
         record |= {name: finite(last[name]) for name in ("beta", "base_lr") if name in last}
+        if self.discard is not None:
+            record["train_loss_all"] = finite(self.loss_sum_all / max(1, self.loss_steps))
         self.loss_sum.zero_()
+        self.loss_sum_all.zero_()
         self.loss_steps = 0
         return record
 
@@ -425,9 +506,13 @@ class Trainer:
         """How far the run has come, as far as the other parts in :meth:`stateful` do not know: tensors and plain values."""
         return {
             "step": self.step,
+            "samples": self.samples,
+            "batch_size": self.batch_size,
+            "batches": self.batches.state_dict(),
             "history": self.history,
             "seconds": self.clock.seconds,
             "loss_sum": self.loss_sum,
+            "loss_sum_all": self.loss_sum_all,
             "loss_steps": self.loss_steps,
             "augmentation": self.train_data.generator.get_state(),
         }
@@ -435,6 +520,11 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
         self.step = state["step"]
+        if "batches" in state:  # otherwise an older version wrote it: one batch size, all examples kept
+            self.batches.load_state_dict(state["batches"])
+            self._cut(state["batch_size"])
+            self.loss_sum_all.copy_(state["loss_sum_all"])
+        self.samples = state.get("samples", self.step * self.batch_size)
         self.history = state["history"]
         self.clock.seconds = state["seconds"]
         self.loss_sum.copy_(state["loss_sum"])
@@ -444,7 +534,7 @@ class Trainer:
 
     def _seed_worker(self) -> None:
         """Give this worker random numbers of its own for the rest of the run."""
-        source = (self.config.seed, self.workers.rank, self.step * self.batch_size)
+        source = (self.config.seed, self.workers.rank, self.samples)
         torch.manual_seed(int(np.random.SeedSequence(source).generate_state(1)[0]))
 
 
@@ -464,6 +554,35 @@ class _OwnState:
         for buffer, value in zip(self._buffers, state["buffers"], strict=True):
             buffer.copy_(value)
         self._guard.keep_buffers()
+
+
+def _batches(config: TrainConfig, data: datasets.Dataset, workers: Workers) -> BatchSizeSchedule:
+    """The batch sizes of a run, which fit the data and the workers."""
+    n = len(data.train)
+    sizes = [("batch_size", n if config.batch_size == "full" else config.batch_size)]
+    sizes += [("batch_schedule", batch) for _, batch in config.batch_schedule]
+    for name, size in sizes:
+        full = ", or 'full'" if name == "batch_size" else ""
+        accepted = f"at most {n}, the number of training examples of {data.name!r}{full}"
+        check(size <= n, "TrainConfig", name, size, accepted)
+        accepted = f"at least {workers.size}, the number of workers"
+        check(size >= workers.size, "TrainConfig", name, size, accepted)
+        if config.discard_small_loss:
+            share = -(-size // workers.size)
+            once = config.discard_forward == "twice" or config.micro_batch is None or config.micro_batch >= share
+            accepted = f"at least {share}, a worker's share of a batch, unless discard_forward is 'twice'"
+            check(once, "TrainConfig", "micro_batch", config.micro_batch, accepted)
+            kept = kept_count(size, config.discard_small_loss)
+            accepted = f"so small that of {size} examples each of {workers.size} workers has one"
+            check(kept >= workers.size, "TrainConfig", "discard_small_loss", config.discard_small_loss, accepted)
+    return BatchSizeSchedule([(0, sizes[0][1]), *config.batch_schedule], lr=config.batch_schedule_lr)
+
+
+def _discard(config: TrainConfig, steps: int) -> DiscardSmallLoss | None:
+    """What leaves small losses out, if that is wanted; losses that are not finite are the guard's."""
+    if config.discard_small_loss == 0:
+        return None
+    return DiscardSmallLoss(config.discard_small_loss, warmup_steps=int(config.warmup * steps), nonfinite="keep")
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
