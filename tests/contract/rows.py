@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
-from conjugo.optim import LAMB, LARS, NLCG
+from conjugo.optim import CBLR, LAMB, LARS, MCLR, NLCG
 from conjugo.optim._fused import kernels
 
 CLAUSES = {
@@ -22,6 +22,7 @@ CLAUSES = {
     "names what is wrong": "bad options are refused with owner, argument, value and range; integer parameters too",
     "stays without gradient": "a parameter whose gradient is missing in some step is left alone in that step",
     "no gradient, no step": "a step in which no parameter has a gradient changes nothing",
+    "gradients will do": "a step wants no more of gradients than their values",
     "no host": "a step reads no value from the device on the host",
 }
 """The clauses from which a row may be exempt."""
@@ -42,6 +43,7 @@ class Row:
     vectors: int
     options: Mapping[str, Any] = field(default_factory=dict)
     needs_loss: bool = False
+    needs_graph: bool = False
     implementations: Sequence[Mapping[str, Any]] = ({"foreach": False}, {"foreach": True})
     errors: Sequence[tuple[Mapping[str, Any], str]] = ()
     exempt: Mapping[str, str] = field(default_factory=dict)
@@ -54,7 +56,16 @@ class Row:
 
     def step(self, optimizer: Optimizer, loss: torch.Tensor | float = 1.0) -> None:
         """One step; the gradients are there."""
+        if self.needs_graph:
+            _grow_graphs(optimizer)
         optimizer.step(**({"loss": loss} if self.needs_loss else {}))
+
+
+def _grow_graphs(optimizer: Optimizer) -> None:
+    """Make the gradients, without changing them, those of a quadratic with curvature 2."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if p.grad is not None and p.grad.layout == torch.strided:
+            p.grad = p.grad.detach() + 2 * (p - p.detach())
 
 
 def rows(clause: str | None = None) -> pytest.MarkDecorator:
@@ -109,6 +120,26 @@ _LAMB = (
     ({"betas": (0.9,)}, "LAMB: betas must be a pair"),
     ({"eps": 0.0}, r"LAMB: eps must be in \(0, inf\), got 0.0"),
 )
+_CBLR = (
+    *_LAYERWISE[:5],
+    ({"momentum": 1.0}, r"{}: momentum must be in \[0, 1\), got 1.0"),
+    ({"momentum": 0.0, "nesterov": True}, "{}: momentum must be positive with nesterov=True, got 0.0"),
+    ({"trust": 0.0}, r"{}: trust must be in \(0, inf\), got 0.0"),
+    ({"rate_bounds": (1.0, 1.0)}, r"{}: rate_bounds must be a pair .* got \(1.0, 1.0\)"),
+    ({"rate_bounds": (-1.0, 1.0)}, "{}: rate_bounds must be a pair"),
+    ({"fallback": -1.0}, r"{}: fallback must be in \[0, inf\), got -1.0"),
+    ({"exempt_scale": -1.0}, r"{}: exempt_scale must be None or in \[0, inf\), got -1.0"),
+    ({"sample": 7}, "{}: sample must be None or >= 8, got 7"),
+)
+_ESTIMATORS = (
+    ({"estimator": "secants"}, "unknown CBLR estimator 'secants'; did you mean 'secant'"),
+    ({"statistic": "modian"}, "unknown CBLR statistic 'modian'; did you mean 'median'"),
+    ({"quantile": 0.5}, "CBLR: quantile must be None unless statistic='quantile', got 0.5"),
+    ({"statistic": "quantile"}, r"CBLR: quantile must be in \(0, 1\) with statistic='quantile', got None"),
+    ({"statistic": "quantile", "quantile": 1.0}, r"CBLR: quantile must be in \(0, 1\) .* got 1.0"),
+    ({"ema": 1.0}, r"CBLR: ema must be in \[0, 1\), got 1.0"),
+    ({"every": 0}, "CBLR: every must be an integer >= 1, got 0"),
+)
 _NLCG = (
     ({"lr": -0.1}, "NLCG: lr must be a finite number >= 0 .*, got -0.1"),
     ({"lr": math.inf}, "NLCG: lr must be .*, got inf"),
@@ -157,6 +188,11 @@ def _nlcg(name: str, vectors: int, *, lr: float = 0.5, exempt: Mapping[str, str]
     )
 
 
+def _cblr(name: str, vectors: int, *, lr: float = 1.0, **given: Any) -> Row:
+    own = {key: given.pop(key) for key in ("needs_graph", "exempt") if key in given}
+    return Row(name=name, factory=CBLR, lr=lr, vectors=vectors, options=given, implementations=_ON_HOST, **own)
+
+
 ROWS = (
     Row(
         name="SGD with momentum",
@@ -190,6 +226,36 @@ ROWS = (
         errors=_LAMB + tuple((bad, message.format("LAMB")) for bad, message in _LAYERWISE),
     ),
     Row(name="LAMB everywhere", factory=LAMB, lr=0.2, vectors=2, options={"adapt_vectors": True, "weight_decay": 1e-4}),
+    Row(
+        name="CBLR",
+        factory=CBLR,
+        lr=1.0,
+        vectors=1,
+        implementations=_ON_HOST,
+        errors=_ESTIMATORS + tuple((bad, message.format("CBLR")) for bad, message in _CBLR),
+    ),
+    _cblr("CBLR secant", 3, estimator="secant", weight_decay=1e-4, nesterov=True),
+    _cblr("CBLR secant median", 3, estimator="secant", statistic="median"),
+    _cblr("CBLR fisher", 2, estimator="fisher", statistic="mean"),
+    _cblr(
+        "CBLR hutchinson",
+        1,
+        estimator="hutchinson",
+        every=2,
+        needs_graph=True,
+        exempt={
+            "gradients will do": "gradients need a graph",
+            "no host": "the host decides whether to multiply with the Hessian",
+        },
+    ),
+    Row(
+        name="MCLR",
+        factory=MCLR,
+        lr=10.0,
+        vectors=1,
+        implementations=_ON_HOST,
+        errors=tuple((bad, message.format("MCLR")) for bad, message in _CBLR),
+    ),
     _nlcg("fr bfgs", 3),
     _nlcg("fr", 1, precond="none"),
     _nlcg("pr bfgs", 3, rule="pr"),

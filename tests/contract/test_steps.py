@@ -229,7 +229,7 @@ def test_sparse_gradients_are_refused(row):
 # ---- closures ----
 
 
-@rows()
+@rows("gradients will do")
 def test_a_closure_is_called_once_with_gradients_and_its_value_returned(row):
     problem, calls = Regression(), []
     optimizer = row.make(problem.params)

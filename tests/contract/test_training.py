@@ -108,7 +108,7 @@ def test_clipped_gradients_are_what_the_step_sees(row):
     assert all(p.isfinite().all() for p in clipped)
 
 
-@rows()
+@rows("gradients will do")
 def test_scaled_losses(row):
     """GradScaler unscales the gradients in place, and leaves a step out when they are not finite."""
     plain, scaled = Regression(), Regression()

@@ -3,16 +3,31 @@
 ``NLCG`` is the stochastic preconditioned nonlinear conjugate gradient method of Adya, Palakkode & Tuzel (2018): one gradient
 per step like SGD, a momentum that is computed instead of tuned, and a diagonal model of the curvature. Use it where batches are
 so large that the number of steps is what limits training; with small, noisy batches it has no advantage over momentum.
-``LARS`` (You, Gitman & Ginsburg 2017) and ``LAMB`` (You et al. 2020) scale the step layer by layer. ``schedules`` holds
-learning-rate and batch-size schedules and the rules that scale a learning rate with the batch, ``averaging`` the running
-average of weights. ``DiscardSmallLoss`` takes the gradient from the largest losses of a batch only (Gao & Zhong 2020).
+``LARS`` (You, Gitman & Ginsburg 2017) and ``LAMB`` (You et al. 2020) scale the step layer by layer; ``MCLR`` and ``CBLR``
+(Gao & Zhong 2020) do so by its curvature. ``schedules`` holds learning-rate and batch-size schedules and the rules that scale
+a learning rate with the batch, ``averaging`` the running average of weights. ``DiscardSmallLoss`` takes the gradient from the
+largest losses of a batch only (Gao & Zhong 2020).
 """
 
 from conjugo.optim.averaging import WeightEMA
+from conjugo.optim.cblr import CBLR, MCLR
+from conjugo.optim.curvature_statistics import layer_curvature, layer_rates
 from conjugo.optim.gradient_scales import batch_norm_scales, depth_scales
 from conjugo.optim.lamb import LAMB
 from conjugo.optim.lars import LARS
 from conjugo.optim.nlcg import NLCG
 from conjugo.optim.small_loss import DiscardSmallLoss
 
-__all__ = ["LAMB", "LARS", "NLCG", "DiscardSmallLoss", "WeightEMA", "batch_norm_scales", "depth_scales"]
+__all__ = [
+    "CBLR",
+    "LAMB",
+    "LARS",
+    "MCLR",
+    "NLCG",
+    "DiscardSmallLoss",
+    "WeightEMA",
+    "batch_norm_scales",
+    "depth_scales",
+    "layer_curvature",
+    "layer_rates",
+]
