@@ -21,7 +21,7 @@ from conjugo.studies.reproduce.paper import Request
 from conjugo.studies.statistics import Octaves
 from conjugo.training import TrainConfig
 
-__all__ = ["Grid", "GridResult", "run_grids", "save"]
+__all__ = ["Grid", "GridResult", "open_folder", "run_grids", "save"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def run_grids(
     check_devices("reproduce", jobs=request.jobs, workers=request.workers)
     if request.out is not None:
         whole = {**description, "workers": request.workers}
-        _open(request.out, json.loads(json.dumps(whole)), resume=request.resume)
+        open_folder(request.out, json.loads(json.dumps(whole)), resume=request.resume)
     with Journal(None if request.out is None else request.out / "journal.jsonl") as journal:
         crashes = execute(grids, job, journal, jobs=request.jobs, workers=request.workers, progress=request.progress)
         runs = tuple(journal.runs)
@@ -171,7 +171,11 @@ def _result(grid: Grid, runs: Sequence[Run]) -> GridResult:
     return GridResult(grid, (*of_phase("tune", runs), *of_phase("final", runs)))
 
 
-def _open(out: Path, description: Any, *, resume: bool) -> None:
+def open_folder(out: Path, description: Any, *, resume: bool) -> None:
+    """Make folder *out* with *description* as its config.json, or to *resume* see that it holds an equal one.
+
+    Raises ValueError if it holds another experiment, or one at all without *resume*; CorruptFile.
+    """
     path = out / "config.json"
     if not path.exists():
         check(not resume, "reproduce", "out", str(out), "a folder that holds an experiment, to resume it")
