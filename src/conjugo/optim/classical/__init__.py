@@ -9,6 +9,8 @@ fewer evaluations.
 """
 
 from conjugo.optim.classical.batch import minimize_batch
+from conjugo.optim.classical.full_batch import FullBatchCG
 from conjugo.optim.classical.methods import METHODS
+from conjugo.optim.classical.single import minimize
 
-__all__ = ["METHODS", "minimize_batch"]
+__all__ = ["METHODS", "FullBatchCG", "minimize", "minimize_batch"]

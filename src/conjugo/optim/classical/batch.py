@@ -117,7 +117,7 @@ class _Lockstep:
         self.xp, self.options, self.evaluate, self.callback = namespace(x0), options, evaluate, callback
         count, n = x0.shape
         self.x = self.trial = x0.detach().clone() if isinstance(x0, Tensor) else x0.copy()
-        self.table = self.xp.zeros_like(self.xp.stack([self.x] * (5 if options.beale else 3), 1))
+        self.table = self.xp.zeros_like(self.xp.stack([self.x] * options.vectors, 1))
         self.problems = []
         for row in range(count):
             memory = Memory()

@@ -69,6 +69,7 @@ def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algor
             outcome = yield from _search(point, slope, turn, memory, limits, until_evaluation)
         if outcome.point is None:
             spent = memory.evaluations >= until_evaluation
+            memory.rho = 0.0  # the direction belongs to a step that was not taken
             return Ending(Status.MAX_EVAL if spent else Status.NO_PROGRESS, accept=False)
         memory.iterations += 1
         memory.step, memory.slope, memory.f_drop = outcome.step, slope, point.f - outcome.point.f

@@ -53,8 +53,13 @@ class Options:
 
     @property
     def beale(self) -> bool:
-        """Whether the direction has Beale's third term, for which a driver keeps two more vectors."""
+        """Whether the direction has Beale's third term."""
         return self.method != "scg" and FAMILY[self.method].beale
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a driver beside its points: two gradients and the direction, with Beale's method two more."""
+        return 5 if self.beale else 3
 
     @property
     def norms(self) -> bool:

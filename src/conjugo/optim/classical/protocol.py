@@ -8,8 +8,8 @@ So the same algorithm serves one problem of any size on any device and many prob
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 
@@ -126,3 +126,13 @@ class Memory:
     restart_dy: float = 0.0  # <d_r, y_r>; 0: nothing is kept
     dd: float = 0.0  # <d, d>, for the scaled method
     damping: float = 0.0  # lambda of the scaled method
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Memory:
+        """The inverse of :meth:`numbers`."""
+        kinds = [type(number) for number in astuple(cls())]
+        return cls(*(kind(number) for kind, number in zip(kinds, numbers, strict=True)))
+
+    def numbers(self) -> list[float]:
+        """All fields, in order."""
+        return [float(number) for number in astuple(self)]

@@ -42,6 +42,7 @@ def scaled_conjugate_gradients(memory: Memory, limits: Limits, *, sigma: float, 
         trial = yield from _step(point, slope, dd, curvature, memory, limits, until_evaluation)
         if trial is None:
             spent = memory.evaluations >= until_evaluation
+            memory.rho = 0.0  # the direction belongs to a step that was not taken
             return Ending(Status.MAX_EVAL if spent else Status.NO_PROGRESS, accept=False)
         memory.iterations += 1
         memory.slope, memory.rho, memory.dd, memory.f_drop = slope, point.rho, dd, point.f - trial.f
