@@ -380,8 +380,8 @@ class TabularResult:
                 {PROBLEMS[name].title: self._as_expected(name) for name in self.counts},
             ),
             Claim(
-                "Powell-Beale takes at most 0.55 times the evaluations of SciPy's CG",
-                {"geometric mean": self._halved()},
+                "against SciPy's CG Powell-Beale saves as many evaluations as in the first implementation",
+                {"geometric mean": self._saved()},
             ),
             Claim(
                 "the AUC of all solvers that converged lies within 2 points",
