@@ -7,11 +7,13 @@ so large that the number of steps is what limits training; with small, noisy bat
 (Gao & Zhong 2020) do so by its curvature. ``schedules`` holds learning-rate and batch-size schedules and the rules that scale
 a learning rate with the batch, ``averaging`` the running average of weights. ``DiscardSmallLoss`` takes the gradient from the
 largest losses of a batch only (Gao & Zhong 2020).
+``minimize`` and ``FullBatchCG`` are the classical methods with a line search, for losses without noise.
 """
 
 from conjugo.optim.averaging import WeightEMA
 from conjugo.optim.cblr import CBLR, MCLR
 from conjugo.optim.curvature_statistics import layer_curvature, layer_rates
+from conjugo.optim.classical import FullBatchCG, minimize
 from conjugo.optim.gradient_scales import batch_norm_scales, depth_scales
 from conjugo.optim.lamb import LAMB
 from conjugo.optim.lars import LARS
@@ -20,14 +22,16 @@ from conjugo.optim.small_loss import DiscardSmallLoss
 
 __all__ = [
     "CBLR",
+    "DiscardSmallLoss",
+    "FullBatchCG",
     "LAMB",
     "LARS",
     "MCLR",
     "NLCG",
-    "DiscardSmallLoss",
     "WeightEMA",
     "batch_norm_scales",
     "depth_scales",
     "layer_curvature",
     "layer_rates",
+    "minimize",
 ]
