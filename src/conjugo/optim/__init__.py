@@ -12,8 +12,8 @@ largest losses of a batch only (Gao & Zhong 2020).
 
 from conjugo.optim.averaging import WeightEMA
 from conjugo.optim.cblr import CBLR, MCLR
-from conjugo.optim.curvature_statistics import layer_curvature, layer_rates
 from conjugo.optim.classical import FullBatchCG, minimize
+from conjugo.optim.curvature_statistics import layer_curvature, layer_rates
 from conjugo.optim.gradient_scales import batch_norm_scales, depth_scales
 from conjugo.optim.lamb import LAMB
 from conjugo.optim.lars import LARS
@@ -22,12 +22,12 @@ from conjugo.optim.small_loss import DiscardSmallLoss
 
 __all__ = [
     "CBLR",
-    "DiscardSmallLoss",
-    "FullBatchCG",
     "LAMB",
     "LARS",
     "MCLR",
     "NLCG",
+    "DiscardSmallLoss",
+    "FullBatchCG",
     "WeightEMA",
     "batch_norm_scales",
     "depth_scales",
