@@ -29,6 +29,9 @@ def test_the_names():
         "rmsprop",
         "lars",
         "lamb",
+        "mclr",
+        "cblr",
+        "cblr-secant",
     }
 
 

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from conjugo._space import is_dtensor
 from conjugo.errors import unknown
-from conjugo.optim import LAMB, LARS, NLCG
+from conjugo.optim import CBLR, LAMB, LARS, MCLR, NLCG
 
 __all__ = ["Entry", "Tunable", "build", "entry", "names"]
 
@@ -98,6 +98,16 @@ _ENTRIES = (
     ),
     Entry(name="lars", factory=LARS, lr=10.0, lr_range=(0.5, 100.0), second=_MOMENTUM),
     Entry(name="lamb", factory=LAMB, lr=1e-2, lr_range=(1e-3, 1.0), second=_BETA1),
+    Entry(name="mclr", factory=MCLR, lr=1.0, lr_range=(0.1, 10.0), second=_MOMENTUM),
+    Entry(name="cblr", factory=CBLR, lr=1.0, lr_range=(0.1, 10.0), second=_MOMENTUM),
+    Entry(
+        name="cblr-secant",
+        factory=CBLR,
+        lr=10.0,
+        lr_range=(1.0, 100.0),
+        second=_MOMENTUM,
+        options={"estimator": "secant"},
+    ),
 )
 _CATALOGUE = {item.name: item for item in _ENTRIES}
 
