@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
-from conjugo.optim import CBLR, LAMB, LARS, MCLR, NLCG
+from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
 from conjugo.optim._fused import kernels
 
 CLAUSES = {
@@ -160,6 +160,32 @@ _NLCG = (
     ({"h_bounds": (0.0, 1.0)}, r"NLCG: h_bounds must be \(low, high\) with 0 < low < high, got \(0.0, 1.0\)"),
 )
 
+_SCOPED = (
+    ({"lr": -0.1}, r"{}: lr must be a finite number >= 0 \(float or 0-d tensor\), got -0.1"),
+    ({"lr": math.nan}, "{}: lr must be .*, got nan"),
+    ({"weight_decay": -1.0}, r"{}: weight_decay must be in \[0, inf\), got -1.0"),
+    ({"scope": "globl"}, "unknown {} scope 'globl'; did you mean 'global'"),
+    ({"foreach": True, "fused": True}, "{}: foreach must be False or None together with fused=True, got True"),
+)
+_FRSGD = (
+    ({"beta_max": 1.5}, r"FRSGD: beta_max must be in \[0, 1\], got 1.5"),
+    ({"beta_min": 0.9, "beta_max": 0.5}, r"FRSGD: beta_min must be in \[0, 0.5\] \(beta_max\), got 0.9"),
+    ({"restart_every": 0}, "FRSGD: restart_every must be an integer >= 1 or None, got 0"),
+)
+_ADAGRAD_NORM = (
+    ({"b0": 1.0, "first_step": 0.1}, "AdaGradNorm: the start must be one of b0, first_step and distance, got 'b0 and"),
+    ({"b0": 1.0, "distance": True}, "AdaGradNorm: the start must be one of .*, got 'b0 and distance'"),
+    ({"b0": None, "scope": "row"}, "AdaGradNorm: b0 must be given with scope='row', and nothing else, got None"),
+    ({"b0": -1.0}, r"AdaGradNorm: b0 must be in \[0, inf\), got -1.0"),
+    ({"b0": None, "first_step": 0.0}, r"AdaGradNorm: first_step must be in \(0, inf\), got 0.0"),
+    (
+        {"b0": None, "distance": True, "initial_distance": 0.0},
+        r"AdaGradNorm: initial_distance must be in \(0, inf\), got 0.0",
+    ),
+    ({"bounds": (1.0, 0.5)}, r"AdaGradNorm: bounds must be a pair .*, got \(1.0, 0.5\)"),
+    ({"momentum": 1.0}, r"AdaGradNorm: momentum must be in \[0, 1\), got 1.0"),
+)
+
 _TORCH = {
     "state from the start": "torch allocates in the first step",
     "own state type": "torch keeps state in the parameter's type and casts what is loaded",
@@ -171,6 +197,21 @@ _FIXED_SET = "beta compares gradients of the same parameters, so a set that chan
 _ON_HOST = ({"foreach": False, "fused": False}, {"foreach": True, "fused": False}) + (
     ({"fused": True},) if kernels else ()
 )
+
+
+def _scoped(name: str, factory: Callable[..., Optimizer], lr: float, vectors: int, **options: Any) -> Row:
+    errors = {FRSGD: _FRSGD, AdaGradNorm: _ADAGRAD_NORM}[factory]
+    return Row(
+        name=f"{factory.__name__} {name}",
+        factory=factory,
+        lr=lr,
+        vectors=vectors,
+        options=options,
+        implementations=_ON_HOST,
+        errors=errors + tuple((bad, said.format(factory.__name__)) for bad, said in _SCOPED)
+        if name == "as it is"
+        else (),
+    )
 
 
 def _nlcg(name: str, vectors: int, *, lr: float = 0.5, exempt: Mapping[str, str] | None = None, **options: Any) -> Row:
@@ -256,6 +297,15 @@ ROWS = (
         implementations=_ON_HOST,
         errors=tuple((bad, message.format("MCLR")) for bad, message in _CBLR),
     ),
+    _scoped("as it is", FRSGD, 0.05, 1),
+    _scoped("per tensor", FRSGD, 0.05, 1, scope="tensor", beta_max=0.9),
+    _scoped("nesterov", FRSGD, 0.05, 1, nesterov=True, beta_max=0.9, weight_decay=1e-4, decoupled=True),
+    _scoped("lr in buffer", FRSGD, 0.05, 1, lr_in_buffer=True, beta_max=0.9, weight_decay=1e-4, scope="group"),
+    _scoped("as it is", AdaGradNorm, 5.0, 0, b0=0.1),
+    _scoped("momentum", AdaGradNorm, 10.0, 1, momentum=0.5, first_step=2.0, weight_decay=1e-4),
+    _scoped("per tensor", AdaGradNorm, 5.0, 0, b0=0.1, scope="tensor", weight_decay=1e-4, decoupled=False),
+    _scoped("per group", AdaGradNorm, 5.0, 0, b0=0.1, scope="group"),
+    _scoped("distance", AdaGradNorm, 1.0, 1, distance=True, initial_distance=0.01),
     _nlcg("fr bfgs", 3),
     _nlcg("fr", 1, precond="none"),
     _nlcg("pr bfgs", 3, rule="pr"),

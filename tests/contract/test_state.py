@@ -169,7 +169,7 @@ def test_state_of_low_precision_parameters_is_wide_through_every_round_trip(row,
     train(row, optimizer, params, steps=3)
     states = [(p, name, t) for p in params for name, t in optimizer.state[p].items()]
     vectors = [t for p, name, t in states if t.shape == p.shape and name != "scalars"]
-    assert {t.dtype for t in vectors} == {torch.float32}
+    assert {t.dtype for t in vectors} == ({torch.float32} if row.vectors else set())
     for t in vectors:
         t.fill_(1 / 3)  # which rounding to the parameters' type would change
     for copied in (saved_and_loaded(optimizer.state_dict()), optimizer.state_dict()):
@@ -197,7 +197,8 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(row):
 
     refused("size of optimizer's group", row.make(params[:2]).state_dict())
     refused("number of parameter groups", row.make([{"params": [p]} for p in params]).state_dict())
-    refused("saved .* must be of shape", row.make(parameters((4, 3), (3,), (2, 3, 2))).state_dict())
+    if row.vectors:
+        refused("saved .* must be of shape", row.make(parameters((4, 3), (3,), (2, 3, 2))).state_dict())
     missing = copy.deepcopy(before[1])
     name = next(iter(missing["state"][1]))
     del missing["state"][1][name]

@@ -10,10 +10,12 @@ largest losses of a batch only (Gao & Zhong 2020).
 ``minimize`` and ``FullBatchCG`` are the classical methods with a line search, for losses without noise.
 """
 
+from conjugo.optim.adagrad_norm import AdaGradNorm
 from conjugo.optim.averaging import WeightEMA
 from conjugo.optim.cblr import CBLR, MCLR
 from conjugo.optim.classical import FullBatchCG, minimize
 from conjugo.optim.curvature_statistics import layer_curvature, layer_rates
+from conjugo.optim.frsgd import FRSGD
 from conjugo.optim.gradient_scales import batch_norm_scales, depth_scales
 from conjugo.optim.lamb import LAMB
 from conjugo.optim.lars import LARS
@@ -22,10 +24,12 @@ from conjugo.optim.small_loss import DiscardSmallLoss
 
 __all__ = [
     "CBLR",
+    "FRSGD",
     "LAMB",
     "LARS",
     "MCLR",
     "NLCG",
+    "AdaGradNorm",
     "DiscardSmallLoss",
     "FullBatchCG",
     "WeightEMA",

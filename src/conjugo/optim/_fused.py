@@ -59,7 +59,7 @@ class KernelTable:
 
     The work is cut into pieces that do not depend on the number of threads; those that PyTorch may use share it.
 
-    columns: columns of the table of addresses, by the name of the state that they point to.
+    columns: columns of the table of addresses, by the name of the state that they point to, where there is such a state.
     """
 
     def __init__(self, blocks: Sequence[Block], columns: Mapping[str, int], *, owner: str) -> None:
@@ -76,7 +76,7 @@ class KernelTable:
         self.params: list[Tensor] = params
         self.pointers = np.zeros((n, k.N_POINTERS), dtype=np.int64)
         for name, column in columns.items():
-            self.pointers[:, column] = [state[name].data_ptr() for state in states]
+            self.pointers[:, column] = [state[name].data_ptr() if name in state else 0 for state in states]
         # An empty parameter has one empty piece.
         pieces = [
             (i, at, min(CHUNK, size - at)) for i, size in enumerate(sizes) for at in range(0, max(size, 1), CHUNK)
@@ -140,10 +140,9 @@ class FusedPasses:
         k = kernels
         self._precond = preconditioner
         self._hessian = k.F_HESSIAN if isinstance(preconditioner, DiagonalBFGS) else 0
+        self._store = k.F_STORE if "grad_prev" in blocks[0].states[0] and not self._hessian else 0
         columns = {"grad_prev": k.PREV, "h": k.HESS, "direction": k.DIR}
-        has = {name: column for name, column in columns.items() if name in blocks[0].states[0]}
-        self._store = k.F_STORE if "grad_prev" in has and not self._hessian else 0
-        self._table = KernelTable(blocks, has, owner="NLCG")
+        self._table = KernelTable(blocks, columns, owner="NLCG")
         if isinstance(preconditioner, DiagonalBFGS):
             c = self._table.coefficients
             c[:, k.LOW], c[:, k.HIGH] = preconditioner.limits

@@ -15,7 +15,7 @@ enum { SCALE, DECAY, EPS, ROOT_A, ROOT_B, SHIFT, LOW, HIGH, BETA, TAU, UNDO, KEE
 enum { N_SUMS = 4, RUN = 512 };
 enum { OP_GRADIENT, OP_DIFFERENCE, OP_PRECONDITION, OP_MOVE, OP_MOMENTUM };
 enum { F_DECAY = 1, F_DIRECTION = 2, F_CROSS = 4, F_HESSIAN = 8, F_UPDATE = 16, F_ABSOLUTE = 32, F_STORE = 64, F_UNDO = 128 };
-enum { F_LOOK = 256 }; /* found out by the kernel itself, tensor by tensor, like F_DECAY */
+enum { F_LOOK = 256 }; /* found out by the kernel itself, tensor by tensor, like F_DECAY (and F_DIRECTION in OP_MOMENTUM) */
 
 typedef struct {
     int64_t tensor, start, length;

@@ -129,7 +129,8 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
 #define AT(which) (at[which] ? (T *)(uintptr_t)at[which] + block->start : (T *)0)
         T *p = AT(PARAM), *g = AT(GRAD), *prev = AT(PREV), *h = AT(HESS), *d = AT(DIR);
 #undef AT
-        const int on = flags | ((c[SCALE] != 1 || c[DECAY] != 0) ? F_DECAY : 0) | (op == OP_MOMENTUM && c[LOOK] != 0 ? F_LOOK : 0);
+        int on = flags | ((c[SCALE] != 1 || c[DECAY] != 0) ? F_DECAY : 0);
+        if (op == OP_MOMENTUM) on |= (d ? F_DIRECTION : 0) | (c[LOOK] != 0 ? F_LOOK : 0);
 #define CASE(which, call)                                                                                                \
     case (which): {                                                                                                      \
         const int f = (which);                                                                                           \

@@ -20,7 +20,7 @@ from conjugo.optim.step_sizes import Constant, Seen, StepSize, Verdict
 
 __all__ = ["SCOPES", "ScopedOptimizer"]
 
-SCOPES = ("global", "group", "tensor")
+SCOPES: tuple[str, ...] = ("global", "group", "tensor")
 
 
 class ScopedOptimizer(Optimizer):
@@ -36,6 +36,7 @@ class ScopedOptimizer(Optimizer):
     """
 
     _pickled: ClassVar[tuple[str, ...]] = ("scope", "process_group", "foreach", "fused")
+    _scopes: ClassVar[tuple[str, ...]] = SCOPES
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class ScopedOptimizer(Optimizer):
         foreach: bool | None,
         fused: bool | None,
     ) -> None:
-        self._check_name("scope", scope, SCOPES)
+        self._check_name("scope", scope, self._scopes)
         check(not (foreach and fused), self._name, "foreach", foreach, "False or None together with fused=True")
         self.scope = scope
         self.process_group = process_group
@@ -99,7 +100,12 @@ class ScopedOptimizer(Optimizer):
         return {**self._method_start, **self._rule.start, **norm, "skipped": 0.0}
 
     def _fresh_scalars(self, p: Tensor) -> Tensor:
-        return torch.tensor(list(self._start.values()), dtype=wide_dtype(p.device), device=p.device)
+        scalars = torch.tensor(list(self._start.values()), dtype=wide_dtype(p.device), device=p.device)
+        if (
+            self._rule.needs_norm
+        ):  # once more before the first step, when all ranks are there and weights are what they will be
+            scalars[-2] = _square(to_local(p.detach()))
+        return scalars
 
     def _state_replaced(self) -> None:
         """Make the scalars of all parameters rows of one table, and forget what refers to the old tensors."""
@@ -133,14 +139,14 @@ class ScopedOptimizer(Optimizer):
         rule = self._rule
         root = namespace(square).sqrt
         seen = Seen(
-            step=columns[0],
+            step=self._of_eldest(columns[0], columns[0]),
             lr=lr,
             square=self._pool(square),
             loss=loss,
             norm=root(self._pool(columns[-2])) if rule.needs_norm else None,
             distance=None if distance is None else root(self._pool(distance)),
         )
-        return rule(seen, self._rule_state(columns))
+        return rule(seen, tuple(self._of_eldest(column, columns[0]) for column in self._rule_state(columns)))
 
     def _keep_scalars(self, method: Sequence[Array], rule: Sequence[Array], finite: Array) -> None:
         """Keep the new scalars of the method and of the step size, each [n]; where not *finite* the old, and count that."""
@@ -164,13 +170,26 @@ class ScopedOptimizer(Optimizer):
 
     def _pool(self, parts: Array) -> Array:
         """Sums over the scope, of one part for each parameter, at each parameter; *parts* and result [..., n]."""
-        if self.scope == "tensor":
+        if self.scope in ("tensor", "row"):
             return parts
         xp = namespace(parts)
         spans = [slice(None)] if self.scope == "global" else self._spans
         pieces = [parts[..., span] for span in spans]
         sums = [xp.broadcast_to(piece.sum(-1)[..., None], piece.shape) for piece in pieces]
         return sums[0] if len(sums) == 1 else xp.concatenate(sums, -1)
+
+    def _of_eldest(self, values: Array, steps: Array) -> Array:
+        """Where parameters share a scope, the one of *values* that belongs to the most *steps*; [n].
+
+        The same for all, unless some have joined later.
+        """
+        if self.scope in ("tensor", "row"):
+            return values
+        xp = namespace(values)
+        spans = [slice(0, len(values))] if self.scope == "global" else self._spans
+        return xp.concatenate(
+            [xp.broadcast_to(xp.take(values[span], steps[span].argmax()), steps[span].shape) for span in spans]
+        )
 
     def _per_parameter(self, name: str) -> Array:
         """The option *name* (a number or a 0-d tensor) of each parameter's group, float64 [n]."""
@@ -262,8 +281,8 @@ class ScopedOptimizer(Optimizer):
     def _record_norms(self) -> None:
         """Collective if sharded: note the norms of those parameters that have not taken a step yet."""
         table = self._whole_table()
-        pieces = [as_real(self._space.local(p)).to(state_dtype(p)) for p in self._active]
-        squares = self._space.reduce(torch.stack([dot(w, w) for w in pieces]).to(self._table))
+        squares = torch.stack([_square(self._space.local(p)) for p in self._active])
+        squares = self._space.reduce(squares.to(self._table))
         squares = squares.numpy() if self._on_host else squares
         old = table[self._rows, -2]
         table[self._rows, -2] = namespace(table).where(table[self._rows, 0] == 0, squares, old)
@@ -310,3 +329,9 @@ class ScopedOptimizer(Optimizer):
     def _check_name(self, argument: str, value: object, known: tuple[str | None, ...]) -> None:
         if value not in known:
             unknown(f"{self._name} {argument}", value, [name for name in known if name is not None])
+
+
+def _square(p: Tensor) -> Tensor:
+    """<p, p>, 0-d."""
+    values = as_real(p).to(state_dtype(p))
+    return dot(values, values)

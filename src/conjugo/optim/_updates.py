@@ -24,10 +24,14 @@ from conjugo.optim._fused import KernelTable, kernels
 from conjugo.optim._vectors import Scale, add, dots, effective_gradients, minus, scale
 from conjugo.optim.preconditioners import Block
 
-__all__ = ["BUFFER", "FusedUpdates", "Momentum", "TensorUpdates"]
+__all__ = ["BUFFER", "INITIAL", "FusedUpdates", "Momentum", "TensorUpdates"]
 
 BUFFER = "momentum_buffer"
-"""The state that holds m, in the type of the state; a method without momentum has none."""
+"""The state that holds m; a parameter without momentum has none, and then *beta*, *gain* and *tau* do not matter."""
+
+
+INITIAL = "initial"
+"""The state that holds the parameters from before the first step, if the method needs them."""
 
 
 class Momentum(NamedTuple):
@@ -62,11 +66,11 @@ class TensorUpdates:
         """[n]."""
         return self._squares([effective_gradients(block, scales[span]) for block, span in self._blocks])
 
-    def squared_distances(self, name: str) -> Tensor:
-        """<p - q, p - q> with q the state called *name*: [n]."""
+    def squared_distances(self) -> Tensor:
+        """<p - q, p - q> with q where p started: [n]."""
         return self._squares(
             [
-                minus([as_real(p).to(state_dtype(p)) for p in block.pieces()], block.state(name), block.foreach)
+                minus([as_real(p).to(state_dtype(p)) for p in block.pieces()], block.state(INITIAL), block.foreach)
                 for block, _ in self._blocks
             ]
         )
@@ -112,34 +116,27 @@ class FusedUpdates:
 
     on_host = True
 
-    def __init__(self, blocks: Sequence[Block], *, initial: str | None = None, owner: str) -> None:
-        k = kernels
-        self._momentum = BUFFER in blocks[0].states[0]
-        columns = {BUFFER: k.DIR} if self._momentum else {}
-        self._table = KernelTable(blocks, columns if initial is None else {**columns, initial: k.PREV}, owner=owner)
+    def __init__(self, blocks: Sequence[Block], *, owner: str) -> None:
+        self._table = KernelTable(blocks, {BUFFER: kernels.DIR, INITIAL: kernels.PREV}, owner=owner)
 
     def squares(self, scales: Sequence[Scale]) -> Array:
         """[n]."""
         self._table.bind(scales)
         return self._table.run(kernels.OP_GRADIENT)[:, 0]
 
-    def squared_distances(self, name: str) -> Array:
-        """<p - q, p - q>, q the state that the constructor was told: [n]; call :meth:`squares` first."""
-        c, columns = self._table.coefficients, [kernels.SCALE, kernels.DECAY]
-        before = c[:, columns]
-        c[:, columns] = 0.0, 1.0  # p in the place of x
-        sums = self._table.run(kernels.OP_DIFFERENCE)[:, 0]
-        c[:, columns] = before
-        return sums
+    def squared_distances(self) -> Array:
+        """<p - q, p - q> with q where p started: [n]; only in a step that is finite."""
+        self._table.bind([(0.0, 1.0)] * len(self._table.params))  # p in the place of x
+        return self._table.run(kernels.OP_DIFFERENCE)[:, 0]
 
     def move(self, scales: Sequence[Scale], move: Momentum, finite: Array) -> None:
-        """Update parameters and buffers; call :meth:`squares` first, and only where all is *finite*."""
-        self._table.scale(scales)
+        """Update parameters and buffers; only in a step that is *finite*."""
         k, c = kernels, self._table.coefficients
+        self._table.bind(scales)
         columns = (k.BETA, k.GAIN, k.TAU, k.LOOK, k.KEEP)
         for column, values, neutral in zip(columns, move, _NEUTRAL, strict=True):
             c[:, column] = neutral if values is None else values
-        self._table.run(k.OP_MOMENTUM, k.F_DIRECTION if self._momentum else 0)
+        self._table.run(k.OP_MOMENTUM)
         self._table.release()
 
 

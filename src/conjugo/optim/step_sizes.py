@@ -110,6 +110,7 @@ class NormGrowth(StepSize):
         first_step: instead of *b0* the length of the first step relative to the norm of the parameters, above 0:
             :math:`b_1 = \eta \|g_0\| / (r \|x_0\|)`. If all parameters are zero it is the length itself.
         bounds: smallest and largest step size.
+        owner: whose name error messages bear.
 
     Raises:
         ValueError: not exactly one of *b0* and *first_step* is given, or one is out of its range.
@@ -123,9 +124,9 @@ class NormGrowth(StepSize):
     b0: float | None = None
     first_step: float | None = None
     bounds: tuple[float, float] = (0.0, math.inf)
+    owner: str = field(default="NormGrowth", repr=False)
 
     start: ClassVar[Mapping[str, float]] = {"b_squared": 0.0}
-    owner: ClassVar[str] = "NormGrowth"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -151,7 +152,7 @@ class NormGrowth(StepSize):
             size = self.first_step * xp.where(seen.norm > 0, seen.norm, 1.0)
             first = seen.lr * seen.lr * seen.square / (size * size)
         squared = xp.where(seen.step == 0, first, squared + seen.square)
-        return Verdict(_bounded(ratio(seen.lr, xp.sqrt(squared)), self.bounds), (squared,))
+        return Verdict(bounded(ratio(seen.lr, xp.sqrt(squared)), self.bounds), (squared,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,28 +161,32 @@ class Distance(StepSize):
 
     .. math:: \alpha_t = \eta\, \frac{\max(r, \max_{i \leq t} \|x_i - x_0\|)}{\sqrt{10^{-8} + \sum_{i \leq t} \|g_i\|^2}}
 
-    with r = *initial* (1 + :math:`\|x_0\|`). Use a running average of the weights with it. (Ivgi, Hinder & Carmon 2023.)
+    with r = *initial_distance* (1 + :math:`\|x_0\|`) (Ivgi, Hinder & Carmon 2023). Use a running average of the weights
+    with it.
 
     Args:
-        initial: relative size of the first step, above 0; 1e-4 with batch norm.
+        initial_distance: relative size of the first step, above 0; 1e-4 with batch norm.
         bounds: smallest and largest step size.
+        owner: whose name error messages bear.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
-    initial: float = 1e-6
+    initial_distance: float = 1e-6
     bounds: tuple[float, float] = (0.0, math.inf)
+    owner: str = field(default="Distance", repr=False)
 
     start: ClassVar[Mapping[str, float]] = {"b_squared": 0.0, "distance": 0.0}
-    needs_norm: bool = field(default=True, init=False)
+    needs_norm: ClassVar[bool] = True  # type: ignore[misc]
     needs_distance: ClassVar[bool] = True
-    owner: ClassVar[str] = "Distance"
     FLOOR: ClassVar[float] = 1e-8
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check(0 < self.initial < math.inf, self.owner, "initial", self.initial, "in (0, inf)")
+        check(
+            0 < self.initial_distance < math.inf, self.owner, "initial_distance", self.initial_distance, "in (0, inf)"
+        )
         _check_bounds(self.owner, self.bounds)
 
     def __call__(self, seen: Seen, state: tuple[Array, ...]) -> Verdict:
@@ -189,9 +194,9 @@ class Distance(StepSize):
         squared, farthest = state
         xp = namespace(squared)
         first = seen.step == 0
-        farthest = xp.maximum(xp.where(first, self.initial * (1 + seen.norm), farthest), seen.distance)
+        farthest = xp.maximum(xp.where(first, self.initial_distance * (1 + seen.norm), farthest), seen.distance)
         squared = xp.where(first, self.FLOOR, squared) + seen.square
-        return Verdict(_bounded(seen.lr * farthest / xp.sqrt(squared), self.bounds), (squared, farthest))
+        return Verdict(bounded(seen.lr * farthest / xp.sqrt(squared), self.bounds), (squared, farthest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,17 +221,16 @@ class Polyak(StepSize):
     bounds: tuple[float, float] = (0.0, math.inf)
 
     needs_loss: ClassVar[bool] = True
-    owner: ClassVar[str] = "Polyak"
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check(math.isfinite(self.minimum), self.owner, "minimum", self.minimum, "a finite number")
-        _check_bounds(self.owner, self.bounds)
+        check(math.isfinite(self.minimum), "Polyak", "minimum", self.minimum, "a finite number")
+        _check_bounds("Polyak", self.bounds)
 
     def __call__(self, seen: Seen, state: tuple[Array, ...]) -> Verdict:
         """The length of this step."""
         gap = (seen.loss - self.minimum).clip(min=0.0)
-        return Verdict(_bounded(ratio(seen.lr * gap, seen.square), self.bounds), state)
+        return Verdict(bounded(ratio(seen.lr * gap, seen.square), self.bounds), state)
 
 
 class StepSizeController:
@@ -323,5 +327,6 @@ def _check_bounds(owner: str, bounds: tuple[float, float]) -> None:
     check(ordered, owner, "bounds", bounds, "a pair (low, high) with 0 <= low <= high, high > 0")
 
 
-def _bounded(length: Array, bounds: tuple[float, float]) -> Array:
+def bounded(length: Array, bounds: tuple[float, float]) -> Array:
+    """*length* clamped to *bounds* (low, high)."""
     return length if bounds == (0.0, math.inf) else length.clip(*bounds)
