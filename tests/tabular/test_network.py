@@ -98,6 +98,24 @@ def test_scores_far_out_stay_finite_and_too_far_ones_give_no_warning(name):
     assert not np.isfinite(objective(np.full((1, network.size), 1e308))[0]).any()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_come_in_blocks(name, monkeypatch):
+    rows = RNG.integers(0, N, 600)
+    parts = {
+        "logistic": Logistic(LABELS[rows] % 2, WEIGHTS[rows]),
+        "softmax": Softmax(LABELS[rows], WEIGHTS[rows], 3),
+        "squared": Squared(TARGETS[rows], WEIGHTS[rows]),
+    }
+    network = Network((D, 4, parts[name].outputs), "gelu")
+    parameters = RNG.normal(size=(2, network.size))
+    whole = Objective(network, parts[name], INPUTS[rows], 0.02)
+    monkeypatch.setattr(Objective, "BLOCK", 1)  # 256 rows: two blocks, and a smaller one
+    in_blocks = Objective(network, parts[name], INPUTS[rows], 0.02)
+    for a, b in zip(whole(parameters), in_blocks(parameters)):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+    assert in_blocks(parameters[1:])[1][0].tobytes() == in_blocks(parameters)[1][1].tobytes()
+
+
 def test_scores_are_what_the_loss_sees():
     network = Network((D, 4, 3), "gelu")
     parameters = RNG.normal(size=(1, network.size))

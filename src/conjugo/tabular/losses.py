@@ -24,6 +24,9 @@ class Loss(Protocol):
     def __call__(self, scores: FloatArray) -> FloatArray:
         """Losses [S] of *scores* [S, K, N], which are overwritten with the derivatives of the losses."""
 
+    def part(self, rows: slice) -> Loss:
+        """The part of the sum that *rows* contribute."""
+
 
 class Logistic:
     """Negative log likelihood of two classes: the sum of w log(1 + exp(-s z)) with s = 1 for class 1, -1 for class 0.
@@ -38,8 +41,8 @@ class Logistic:
     outputs = 1
 
     def __init__(self, labels: npt.NDArray[np.intp], weights: FloatArray) -> None:
+        self.labels, self.weights = labels, weights
         self.signs = 1.0 - 2.0 * labels  # minus s
-        self.weights = weights
         self.signed_weights = self.signs * weights
 
     def __call__(self, scores: FloatArray) -> FloatArray:
@@ -56,6 +59,10 @@ class Logistic:
         total: FloatArray = losses.sum(-1)
         return total
 
+    def part(self, rows: slice) -> Logistic:
+        """The part of the sum that *rows* contribute."""
+        return Logistic(self.labels[rows], self.weights[rows])
+
 
 class Softmax:
     """Negative log likelihood of K classes: the sum of w (log sum exp(z) - z[label]).
@@ -65,7 +72,7 @@ class Softmax:
 
     def __init__(self, labels: npt.NDArray[np.intp], weights: FloatArray, classes: int) -> None:
         self.outputs = classes
-        self.weights = weights
+        self.labels, self.weights = labels, weights
         self.entries = (slice(None), labels, np.arange(len(labels)))
 
     def __call__(self, scores: FloatArray) -> FloatArray:
@@ -81,6 +88,10 @@ class Softmax:
         scores[self.entries] -= self.weights
         total: FloatArray = losses.sum(-1)
         return total
+
+    def part(self, rows: slice) -> Softmax:
+        """The part of the sum that *rows* contribute."""
+        return Softmax(self.labels[rows], self.weights[rows], self.outputs)
 
 
 class Squared:
@@ -102,3 +113,7 @@ class Squared:
         losses *= 0.5 * self.weights
         total: FloatArray = losses.reshape(len(losses), -1).sum(-1)
         return total
+
+    def part(self, rows: slice) -> Squared:
+        """The part of the sum that *rows* contribute."""
+        return Squared(self.targets.T[rows], self.weights[rows])

@@ -80,55 +80,83 @@ class Network:
 class Objective:
     """f(w) = loss + alpha/2 |weights|^2, with its gradient, for S parameter vectors at once.
 
+    The rows are taken block by block, so that what a block needs stays in the processor's cache. The blocks do not depend on S.
+
     network: with as many outputs as *loss*. inputs: [N, d]. alpha: >= 0; biases are not penalised. All in float64.
     """
 
+    BLOCK = 2**15
+    """Activations of a layer in a block, at most."""
+
     def __init__(self, network: Network, loss: Loss, inputs: FloatArray, alpha: float) -> None:
-        self.network, self.loss = network, loss
+        self.network = network
         self._activation = ACTIVATIONS[network.activation]
-        self._inputs = np.concatenate([inputs.T, np.ones((1, len(inputs)))])
         self._penalty = alpha * network.weights_mask()
-        self._buffers: list[tuple[FloatArray, FloatArray]] = []
-        self._scores = np.empty((0, loss.outputs, len(inputs)))
+        self._rows = min(len(inputs), max(256, self.BLOCK // max(network.sizes[1:])))
+        blocks = [slice(start, start + self._rows) for start in range(0, len(inputs), self._rows)]
+        self._blocks = [(_with_ones(inputs[rows]), loss.part(rows)) for rows in blocks]
+        self._room = _Room.of(network, 0, self._rows)
 
     # A step that is too long may overflow: the search for a step length wants to see that as inf or NaN, not as a warning.
     @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def __call__(self, parameters: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Values [S] and gradients [S, n] at *parameters* [S, n]."""
-        gradient = np.empty_like(parameters)
-        layers, slots = self.network.layers(parameters), self.network.layers(gradient)
-        buffers, scores = self._room(len(parameters))
-        values = self._inputs
-        for layer, (activations, slopes) in zip(layers, buffers):
-            units = activations[:, :-1]
-            np.matmul(layer, values, out=units)
+        if len(parameters) > self._room.starts:
+            self._room = _Room.of(self.network, len(parameters), self._rows)
+        gradient = self._penalty * parameters
+        values: FloatArray = 0.5 * (gradient * parameters).sum(-1)
+        part = np.empty_like(parameters)
+        layers, slots = self.network.layers(parameters), self.network.layers(part)
+        for inputs, loss in self._blocks:
+            values += self._pass(layers, slots, inputs, loss)
+            gradient += part
+        return values, gradient
+
+    def _pass(self, layers: list[FloatArray], slots: list[FloatArray], inputs: FloatArray, loss: Loss) -> FloatArray:
+        """Forward and backward through a block: its losses [S]; gradients go into *slots*, of the shapes of *layers*."""
+        hidden, scores = self._room.part(len(layers[0]), inputs.shape[1])
+        values = inputs
+        for layer, (activations, slopes) in zip(layers, hidden):
+            units = np.matmul(layer, values, out=activations[:, :-1])
             self._activation(units, slopes)
             values = activations
-        np.matmul(layers[-1], values, out=scores)
-        losses = self.loss(scores)
+        losses = loss(np.matmul(layers[-1], values, out=scores))
         delta = scores
         # There is a buffer for each layer but the last: the pairs end with the second layer.
-        for layer, slot, (activations, slopes) in zip(reversed(layers), reversed(slots), reversed(buffers)):
+        for layer, slot, (activations, slopes) in zip(reversed(layers), reversed(slots), reversed(hidden)):
             np.matmul(delta, activations.transpose(0, 2, 1), out=slot)
             # With one unit above it is an outer product, for which matmul takes three times as long.
             carry = np.multiply if layer.shape[1] == 1 else np.matmul
             slopes *= carry(layer[:, :, :-1].transpose(0, 2, 1), delta, out=activations[:, :-1])
             delta = slopes
-        np.matmul(delta, self._inputs.T, out=slots[0])
-        pull = self._penalty * parameters
-        gradient += pull
-        pull *= parameters
-        losses += 0.5 * pull.sum(-1)
-        return losses, gradient
+        np.matmul(delta, inputs.T, out=slots[0])
+        return losses
 
-    def _room(self, starts: int) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray]:
-        """Memory for *starts* parameter vectors: activations and slopes of the hidden layers, and scores."""
-        if starts > len(self._scores):
-            examples = self._inputs.shape[1]
-            # The row of ones behind the activations stays as it is.
-            self._buffers = [
-                (np.ones((starts, units + 1, examples)), np.empty((starts, units, examples)))
-                for units in self.network.sizes[1:-1]
-            ]
-            self._scores = np.empty((starts, self.network.sizes[-1], examples))
-        return [(a[:starts], s[:starts]) for a, s in self._buffers], self._scores[:starts]
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory for a block: of each hidden layer activations, with a row of ones behind them, and slopes; and scores."""
+
+    hidden: list[tuple[FloatArray, FloatArray]]
+    scores: FloatArray
+
+    @classmethod
+    def of(cls, network: Network, starts: int, rows: int) -> _Room:
+        hidden = [
+            (np.ones((starts, units + 1, rows)), np.empty((starts, units, rows))) for units in network.sizes[1:-1]
+        ]
+        return cls(hidden, np.empty((starts, network.sizes[-1], rows)))
+
+    @property
+    def starts(self) -> int:
+        return len(self.scores)
+
+    def part(self, starts: int, rows: int) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray]:
+        """Memory for fewer starts and rows."""
+        hidden = [(a[:starts, :, :rows], slopes[:starts, :, :rows]) for a, slopes in self.hidden]
+        return hidden, self.scores[:starts, :, :rows]
+
+
+def _with_ones(inputs: FloatArray) -> FloatArray:
+    """The columns of *inputs* [N, d], and a row of ones for the biases [d + 1, N]."""
+    return np.concatenate([inputs.T, np.ones((1, len(inputs)))])

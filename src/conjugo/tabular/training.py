@@ -84,7 +84,8 @@ def train(
     stopping.
     """
     stopping = None if validation is None else EarlyStopping(validation, patience, starts)
-    result = minimize_batch(objective, starts, method=method, gtol=tol, max_iter=max_iter, callback=stopping)
+    with np.errstate(over="ignore", invalid="ignore"):  # of steps that are too long, which the search then shortens
+        result = minimize_batch(objective, starts, method=method, gtol=tol, max_iter=max_iter, callback=stopping)
     parameters, losses, gradients = result.x, result.fun, result.jac
     if stopping is not None:
         parameters = stopping.parameters
