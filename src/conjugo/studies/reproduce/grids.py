@@ -188,7 +188,7 @@ def open_folder(out: Path, description: Any, *, resume: bool) -> None:
     except ValueError as error:
         raise CorruptFile(f"{path}: not valid JSON ({error})") from error
     if "train" in before:  # settings that older versions did not have get their defaults
-        before["train"] = TrainConfig.from_dict(before["train"]).to_dict()
+        before["train"] = json.loads(json.dumps(TrainConfig.from_dict(before["train"]).to_dict()))
     if different := differences({"workers": 1, **before}, description):
         raise ValueError(f"reproduce: {out} holds another experiment: {'; '.join(different)}")
 
