@@ -27,6 +27,7 @@ def make(name: str, shape=COLOUR, classes=10, **options) -> torch.nn.Module:
     ("name", "shape", "classes", "parameters"),
     [
         ("mlp", (1, 8, 8), 10, 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10),
+        ("mlp-bn", (1, 8, 8), 10, 64 * 128 + 256 + 128 * 128 + 256 + 128 * 10 + 10),
         ("mlp", (30,), 2, 30 * 128 + 128 + 128 * 128 + 128 + 128 * 2 + 2),
         ("cnn", COLOUR, 10, 9 * (3 * 16 + 16 * 32 + 32 * 64) + 2 * (16 + 32 + 64) + 64 * 10 + 10),
         ("resnet32", COLOUR, 100, 472_820),
@@ -97,7 +98,7 @@ def test_bfloat16_autocast(name):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [n for n in SMALL if n != "mlp"])
+@pytest.mark.parametrize("name", [n for n in SMALL if not n.startswith("mlp")])
 def test_channels_last_computes_the_same(name):
     model = make(name).double()
     images = torch.randn(4, *COLOUR, dtype=torch.float64)

@@ -33,8 +33,8 @@ class TrainConfig:
         data_root: Folder to look for the data in.
         image_size: Side in pixels to which encoded images are scaled; None: they have one size.
         download: Fetch an official archive that is absent.
-        model: mlp, cnn, resnet8, resnet20, resnet32, resnet56, resnet50 (for ImageNet), or, in the original form,
-            resnet8v1, ..., resnet56v1; None: the usual one for the data.
+        model: mlp, mlp-bn (with batch norm), cnn, resnet8, resnet20, resnet32, resnet56, resnet50 (for ImageNet), or, in
+            the original form, resnet8v1, ..., resnet56v1; None: the usual one for the data.
         optimizer: nlcg (nlcg-online, nlcg-step, nlcg-fr, nlcg-pr), sgd, momentum, nesterov, adamw, rmsprop, lars,
             lamb, mclr, cblr, cblr-secant.
         lr: Highest learning rate; None: the usual one of the optimizer.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from conjugo.studies import drawing, statistics
-from conjugo.studies.reproduce import nlcg_cifar
+from conjugo.studies.reproduce import batch_size, nlcg_cifar
 from conjugo.studies.reproduce.nlcg_digits import EXPECTED, LABELS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from conjugo.studies.reproduce.batch_size import BatchSizeResult
     from conjugo.studies.reproduce.nlcg_cifar import CifarResult
     from conjugo.studies.reproduce.nlcg_digits import DigitsResult
 
-__all__ = ["accuracy", "curves", "learning_rates"]
+__all__ = ["accuracy", "curves", "discarding", "learning_rates"]
 
 
 def accuracy(result: DigitsResult) -> Figure:
@@ -24,25 +27,10 @@ def accuracy(result: DigitsResult) -> Figure:
         for name, style in drawing.styles(tuple(result.plan.grids)).items():
             cells = [(steps, result.cell(name, steps)) for steps in result.plan.steps]
             points = [(steps, *statistics.mean_sd(cell.accuracies)) for steps, cell in cells if cell is not None]
-            axes.errorbar(
-                [steps for steps, _, _ in points],
-                [100 * mean for _, mean, _ in points],
-                yerr=[100 * sd if sd == sd else 0 for _, _, sd in points],
-                color=style.color,
-                marker=style.marker,
-                capsize=2,
-                elinewidth=1,
-            )
-            expected = {steps: value for steps, value in EXPECTED[name].items() if steps in result.plan.steps}
-            axes.plot(
-                list(expected),
-                [100 * value for value in expected.values()],
-                color=style.color,
-                marker=style.marker,
-                markerfacecolor="none",
-                linestyle="none",
-                alpha=0.7,
-            )
+            expected: dict[float, float] = {
+                steps: value for steps, value in EXPECTED[name].items() if steps in result.plan.steps
+            }
+            _ours_and_expected(axes, points, expected, style)
             ends += [drawing.End(LABELS[name], points[-1][0], 100 * points[-1][1], style.color)] if points else []
         axes.set_xscale("log", base=2)
         axes.set_xticks(result.plan.steps, [str(steps) for steps in result.plan.steps])
@@ -107,3 +95,50 @@ def curves(result: CifarResult, batch_size: int) -> Figure:
         drawing.accuracy_axis(axes, "test accuracy (%)")
         drawing.label_ends(axes, ends)
         return drawing.figure_of(axes)
+
+
+def discarding(result: BatchSizeResult) -> Figure:
+    """Test accuracy against the discarded fraction, mean and standard error of the seeds; hollow: what was expected."""
+    plan = result.plan
+    first = next(iter(plan.epochs))
+    conditions = {f"batch {batch}": ("once", batch) for batch in plan.epochs} | {
+        f"{first}, lr stays": ("constant", first)
+    }
+    with drawing.new_axes(drawing.WIDE) as axes:
+        ends = []
+        for name, style in drawing.styles(tuple(conditions)).items():
+            way, batch = conditions[name]
+            cells = [(q, result.discarded(batch, q, way=way)) for q in plan.fractions]
+            points = [(q, *statistics.mean_sd(cell.at(plan.lrs[0]))) for q, cell in cells if cell is not None]
+            known = batch_size.DISCARDING.get(batch, {}) if way == "once" else {}
+            expected = {q: value for q, value in known.items() if q in plan.fractions}
+            _ours_and_expected(axes, [(q, mean, sd / plan.seeds**0.5) for q, mean, sd in points], expected, style)
+            ends += [drawing.End(name, points[-1][0], 100 * points[-1][1], style.color)] if points else []
+        axes.set_xlabel("discarded fraction of each batch; hollow: expected")
+        drawing.accuracy_axis(axes, "test accuracy (%)")
+        drawing.label_ends(axes, ends)
+        return drawing.figure_of(axes)
+
+
+def _ours_and_expected(
+    axes: Axes, points: Sequence[tuple[float, float, float]], expected: Mapping[float, float], style: drawing.Style
+) -> None:
+    """A line through *points* (place, mean, error; accuracies as fractions), and hollow markers."""
+    axes.errorbar(
+        [x for x, _, _ in points],
+        [100 * mean for _, mean, _ in points],
+        yerr=[100 * error if error == error else 0 for _, _, error in points],
+        color=style.color,
+        marker=style.marker,
+        capsize=2,
+        elinewidth=1,
+    )
+    axes.plot(
+        list(expected),
+        [100 * value for value in expected.values()],
+        color=style.color,
+        marker=style.marker,
+        markerfacecolor="none",
+        linestyle="none",
+        alpha=0.7,
+    )

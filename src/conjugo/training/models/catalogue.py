@@ -25,7 +25,7 @@ _IMAGE_MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}v1": partial(ResNet, depth=depth, version=1) for depth in _DEPTHS},
     "resnet50": ResNet50,
 }
-_MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, **_IMAGE_MODELS}
+_MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "mlp-bn": partial(MLP, batch_norm=True), **_IMAGE_MODELS}
 
 
 def names() -> tuple[str, ...]:
@@ -38,8 +38,8 @@ def build(name: str, *, input_shape: tuple[int, ...], num_classes: int, **option
 
     name: one of :func:`names`. ``resnet8|20|32|56`` are pre-activation networks for small images, with ``v1`` behind
     the name the original ones; ``resnet50`` is the ImageNet network. input_shape: shape of one example, (C, H, W) for
-    all but ``mlp``. num_classes: number of logits, >= 2. options: handed to the class (``hidden`` of MLP, ``widths`` of
-    CNN, ``zero_init_last_gamma`` of ResNet50).
+    all but ``mlp`` and ``mlp-bn``. num_classes: number of logits, >= 2. options: handed to the class (``hidden`` of MLP,
+    ``widths`` of CNN, ``zero_init_last_gamma`` of ResNet50).
 
     Raises UnknownName for a name that does not exist (with the nearest ones) and ValueError for impossible shapes.
     """
