@@ -82,8 +82,8 @@ class Fold:
 
     auc, accuracy, recall (of the bad class), cost (a row, at the threshold that suits the costs): on the held-out fold.
     loss, gradient: of the start that was kept. evaluations: of all starts, None where they are not counted. seconds: of the
-    processor for training, all starts. speedup: how many times fewer evaluations Powell-Beale takes to Adam's loss, median of the starts
-    that come there; None for other solvers.
+    processor for training, all starts. speedup: evaluations of Adam for each one that Powell-Beale takes to Adam's loss,
+    median of the starts that come there; None for other solvers.
     """
 
     auc: float
