@@ -224,9 +224,9 @@ def test_early_stopping_is_deterministic_and_trains_on_less():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": (3, 0)}, r"hidden must be a sequence of integers >= 1"),
-        ({"hidden": 3}, "hidden must be a sequence"),
-        ({"hidden": "3"}, "hidden must be a sequence"),
+        ({"hidden": (3, 0)}, "hidden must be a tuple of integers >= 1"),
+        ({"hidden": 3}, "hidden must be a tuple"),
+        ({"hidden": "3"}, "hidden must be a tuple"),
         ({"alpha": -1.0}, "alpha must be a finite number >= 0, got -1.0"),
         ({"alpha": np.nan}, "alpha must be"),
         ({"tol": "small"}, "tol must be"),

@@ -63,10 +63,11 @@ class TabularCG(BaseEstimator):  # type: ignore[misc]
 
     def _check_arguments(self) -> None:
         owner = self._owner
-        sizes = not isinstance(self.hidden, str | Integral) and all(
-            isinstance(h, Integral) and h >= 1 for h in self.hidden
+        hidden = self.hidden
+        sizes = isinstance(hidden, tuple | list | np.ndarray) and all(
+            isinstance(h, Integral) and int(h) >= 1 for h in hidden
         )
-        check(sizes, owner, "hidden", self.hidden, "a sequence of integers >= 1, one for each hidden layer")
+        check(sizes, owner, "hidden", hidden, "a tuple of integers >= 1, one for each hidden layer")
         for kind, known in (("activation", tuple(ACTIVATIONS)), ("method", METHODS)):
             if getattr(self, kind) not in known:
                 unknown(f"{owner} {kind}", getattr(self, kind), known)
@@ -114,15 +115,19 @@ class TabularCG(BaseEstimator):  # type: ignore[misc]
         """The loss on *rows*."""
         raise NotImplementedError
 
-    def _parts(self, rows: Rows, strata: npt.NDArray[np.generic]) -> tuple[Rows, Rows | None]:
-        """*rows* to train on, and those to hold out if there is to be early stopping; also draws the seed of this training."""
+    def _seeds(self) -> list[np.random.SeedSequence]:
+        """For what is held out, and for each start."""
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         # The children of a seed do not depend on their number: the first start is the same with one and with five.
-        first, *others = np.random.SeedSequence(seed).spawn(1 + self.n_init)
-        self._seeds = others
+        return np.random.SeedSequence(seed).spawn(1 + self.n_init)
+
+    def _parts(
+        self, rows: Rows, strata: npt.NDArray[np.generic], seed: np.random.SeedSequence
+    ) -> tuple[Rows, Rows | None]:
+        """*rows* to train on, and those to hold out if there is to be early stopping."""
         if not self.validation_fraction:
             return rows, None
-        kept, held_out = split(strata, self.validation_fraction, np.random.default_rng(first))
+        kept, held_out = split(strata, self.validation_fraction, np.random.default_rng(seed))
         check(
             len(held_out) > 0,
             self._owner,
@@ -132,17 +137,18 @@ class TabularCG(BaseEstimator):  # type: ignore[misc]
         )
         return rows[kept], rows[held_out]
 
-    def _train(self, rows: Rows, held_out: Rows | None) -> None:
-        """Train on *rows*, and set the fitted attributes."""
+    def _train(self, rows: Rows, held_out: Rows | None, seeds: Sequence[np.random.SeedSequence]) -> None:
+        """Train on *rows*, with a start for each of *seeds*, and set the fitted attributes."""
         columns = rows.inputs.shape[1]
         standardizer = Standardizer.of(rows.inputs, rows.weights) if self.standardize else Standardizer.neutral(columns)
         self._check_scale(standardizer)
         loss = self._loss(rows)
-        network = Network((columns, *map(int, self.hidden), loss.outputs), self.activation)
+        hidden = tuple(map(int, self.hidden))
+        network = Network((columns, *hidden, loss.outputs), self.activation)
         # Without a hidden layer the objective is convex: every start leads to the same end.
         starts = (
-            np.stack([network.initial(np.random.default_rng(seed)) for seed in self._seeds])
-            if self.hidden
+            np.stack([network.initial(np.random.default_rng(seed)) for seed in seeds])
+            if hidden
             else np.zeros((1, network.size))
         )
         trained = train(

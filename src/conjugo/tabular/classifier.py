@@ -126,7 +126,8 @@ class CGClassifier(ClassifierMixin, TabularCG):  # type: ignore[misc]
         rows = merged(
             inputs, labels[:, None].astype(np.float64), weights * self._class_weights(labels, weights)[labels]
         )
-        self._train(*self._parts(rows, strata=rows.targets[:, 0]))
+        first, *seeds = self._seeds()
+        self._train(*self._parts(rows, rows.targets[:, 0], first), seeds)
         return self
 
     def _encoded(self, y: Any, weights: FloatArray) -> npt.NDArray[np.intp]:

@@ -69,11 +69,12 @@ class CGRegressor(MultiOutputMixin, RegressorMixin, TabularCG):  # type: ignore[
         targets = targets.reshape(len(targets), -1)
         check_finite(targets, self._owner, "y")
         rows = merged(inputs, targets, weights)
-        rows, held_out = self._parts(rows, strata=np.zeros(len(rows)))
+        first, *seeds = self._seeds()
+        rows, held_out = self._parts(rows, np.zeros(len(rows)), first)
         self._targets = Standardizer.of(rows.targets, rows.weights)
         check(bool(np.isfinite(self._targets.scale).all()), self._owner, "y", np.inf, "of a finite variance")
         self.target_mean_, self.target_scale_ = self._targets.mean, self._targets.scale
-        self._train(rows, held_out)
+        self._train(rows, held_out, seeds)
         return self
 
     def _loss(self, rows: Rows) -> Loss:
