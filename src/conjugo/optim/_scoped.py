@@ -142,7 +142,7 @@ class ScopedOptimizer(Optimizer):
             step=self._of_eldest(columns[0], columns[0]),
             lr=lr,
             square=self._pool(square),
-            loss=loss,
+            loss=None if loss is None else loss + 0 * lr,
             norm=root(self._pool(columns[-2])) if rule.needs_norm else None,
             distance=None if distance is None else root(self._pool(distance)),
         )

@@ -235,7 +235,8 @@ class _RowUpdates(TensorUpdates):
             before: Tensor | None = None  # the rows' squares of the last matrix
             for p, piece, x, state, lr in zip(block.params, block.pieces(), xs, block.states, lrs, strict=True):
                 sums = state["row_squares"]
-                own = x.reshape(len(sums), -1).square().sum(1, dtype=sums.dtype)
+                own = x.to(sums.dtype).square()
+                own = own.flatten(1).sum(1) if x.ndim > 1 else own.reshape(-1)
                 shared = before is not None and p.ndim == 1 and not self._own_bias and len(before) == len(sums)
                 sums += own + before if shared else own  # type: ignore[operator]
                 before = own if p.ndim > 1 else before

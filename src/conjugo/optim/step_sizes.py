@@ -237,8 +237,8 @@ class StepSizeController:
     """Sets the learning rate of any optimizer, before each of its steps, by a :class:`StepSize`.
 
     Args:
-        optimizer: its groups get the learning rate that the rule makes of their initial one; what groups have as ``lr``
-            when this object is made counts as the :math:`\\eta` of the rule. Schedulers of it must not be used with it.
+        optimizer: each group gets its initial learning rate times the step size that the rule gives to a learning rate of
+            1. Schedulers of it must not be used with it.
         rule: as :class:`NormGrowth`.
         process_group: the ranks that hold the parameters, as in :class:`~conjugo.optim.NLCG`.
 

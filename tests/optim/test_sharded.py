@@ -1,4 +1,4 @@
-"""LARS, LAMB and the weight average on parameters that lie on several ranks: the steps of one process."""
+"""Optimizers and the weight average on parameters that lie on several ranks: the steps of one process."""
 
 import math
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from conjugo._space import to_local
 from conjugo.distributed import share
-from conjugo.optim import LAMB, LARS, WeightEMA
+from conjugo.optim import FRSGD, LAMB, LARS, AdaGradNorm, WeightEMA
 
 OPTIMIZERS = {
     "lars": lambda groups: LARS(groups, lr=20.0),
@@ -27,6 +27,12 @@ OPTIMIZERS = {
     "lamb, decay, vectors, ascent": lambda groups: LAMB(
         groups, lr=0.01, weight_decay=0.1, adapt_vectors=True, maximize=True
     ),
+    "frsgd": lambda groups: FRSGD(groups, lr=0.01),
+    "frsgd, nesterov, tensors": lambda groups: FRSGD(groups, lr=0.01, nesterov=True, scope="tensor", beta_max=0.9),
+    "frsgd, groups, decoupled": lambda groups: FRSGD(groups, lr=0.01, scope="group", decoupled=True, lr_in_buffer=True),
+    "adagrad-norm": lambda groups: AdaGradNorm(groups, lr=3.0, first_step=0.1),
+    "adagrad-norm, momentum, tensors": lambda groups: AdaGradNorm(groups, b0=0.1, momentum=0.9, scope="tensor"),
+    "adagrad-norm, distance": lambda groups: AdaGradNorm(groups, distance=True, initial_distance=0.01),
 }
 LAYOUTS = [layout for layout in LAYOUTS if layout != "slices"]
 STEPS = 20
@@ -130,6 +136,11 @@ def collectives(layout, name):
         ("fsdp", "lars", 1),
         ("fsdp", "lamb", 2),
         ("mixed with whole", "lamb", 2),
+        ("whole", "frsgd", 0),
+        ("fsdp", "frsgd", 1),
+        ("fsdp", "frsgd, nesterov, tensors", 1),
+        ("fsdp", "adagrad-norm", 1),
+        ("fsdp", "adagrad-norm, distance", 2),
     ],
 )
 def test_norms_travel_packed(layout, name, count):
@@ -152,7 +163,7 @@ def skipping(name):
     return len(changed), optimizer.skipped_steps.item(), len(params)
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "frsgd", "adagrad-norm", "adagrad-norm, distance"])
 def test_a_nan_in_one_shard_is_skipped_by_all(name):
     for changed, skipped, n in ranks.run(2, skipping, name):
         assert skipped == 1
@@ -169,7 +180,7 @@ def round_trip(name, saved, layout):
     return {"params": entire(params), "optimizer": state | {"state": values}}
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "frsgd", "adagrad-norm, distance"])
 def test_state_moves_between_layouts(name):
     params = fresh("whole")
     optimizer = grouped(name, params)
@@ -253,3 +264,29 @@ def test_averages_reach_modules_that_kept_whole_parameters(whole_modules):
             assert torch.allclose(found, wanted, rtol=1e-12)
         assert torch.equal(outputs[0], outputs[2])
         assert not torch.allclose(outputs[0], outputs[1])
+
+
+def by_rows(layout):
+    params = fresh(layout)
+    optimizer = AdaGradNorm(params, b0=0.1, scope="row", momentum=0.5)
+    for number in range(STEPS):
+        step(params, layout, optimizer, number)
+    return entire(params), entire(optimizer.state[p]["row_squares"] for p in params)
+
+
+def test_rows_of_shards_are_rows():
+    wanted = by_rows("whole")
+    for found in ranks.run(2, by_rows, "fsdp"):
+        for ours, theirs in zip(found, wanted, strict=True):
+            for p, q in zip(ours, theirs, strict=True):
+                assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
+
+
+def refused():
+    with pytest.raises(RuntimeError, match="AdaGradNorm: scope='row' takes parameters sharded by rows, got"):
+        AdaGradNorm(fresh("tensor parallel"), b0=0.1, scope="row")
+    return True
+
+
+def test_rows_that_are_cut_are_refused():
+    assert all(ranks.run(2, refused))
