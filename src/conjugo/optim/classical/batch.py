@@ -14,16 +14,16 @@ from torch import Tensor
 from conjugo._tensors import Array, namespace
 from conjugo.errors import check
 from conjugo.optim.classical.methods import Options
-from conjugo.optim.classical.protocol import MESSAGES, Algorithm, Ending, Memory, Point, Request, Status, Turn
+from conjugo.optim.classical.protocol import MESSAGES, Algorithm, Memory, Point, Request, Status, Turn
 
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult
 
 __all__ = ["minimize_batch"]
 
-# Rows of a problem's table of vectors; the last two belong to Beale's method. p is MINUS the direction: then
-# p <- P g + beta p is one operation in place.
-NEW, P, G, P_KEPT, Y_KEPT = range(5)
+# Rows of a problem's table: gradients at the point evaluated last, at the base of the line and at the lowest point; then, as in
+# driver.Rows, directions.
+LAST, BASE, BEST, P, P_KEPT, Y_KEPT = range(6)
 
 
 def minimize_batch(
@@ -99,7 +99,7 @@ def _check_start(x0: Array) -> None:
 
 @dataclass
 class _Problem:
-    """One of the problems, and what is known at its base x."""
+    """One of the problems; f: at its lowest point."""
 
     row: int
     memory: Memory
@@ -111,13 +111,14 @@ class _Problem:
 
 
 class _Lockstep:
-    """Row i of the vectors (x, trial, table) belongs to ``problems[i]``; those that have ended are taken out."""
+    """Row i of the vectors (base, last, best, table) belongs to ``problems[i]``; those that have ended are taken out."""
 
-    def __init__(self, options: Options, evaluate: Callable[..., tuple[Any, Any]], x0: Array, callback: Any):
+    def __init__(self, options: Options, evaluate: Callable[..., tuple[Any, Any]], x0: Array, callback: Any) -> None:
         self.xp, self.options, self.evaluate, self.callback = namespace(x0), options, evaluate, callback
         count, n = x0.shape
-        self.x = self.trial = x0.detach().clone() if isinstance(x0, Tensor) else x0.copy()
-        self.table = self.xp.zeros_like(self.xp.stack([self.x] * options.vectors, 1))
+        x0 = x0.detach() if isinstance(x0, Tensor) else x0
+        self.base, self.last, self.best = (x0 + 0.0 for _ in range(3))
+        self.table = self.xp.zeros_like(self.xp.stack([x0] * options.vectors, 1))
         self.problems = []
         for row in range(count):
             memory = Memory()
@@ -126,9 +127,9 @@ class _Lockstep:
         self.rounds = 0
         zeros = np.zeros(count, dtype=np.int64)
         self.result = {
-            "x": self.xp.zeros_like(self.x),
-            "fun": self.xp.zeros_like(self.x[:, 0]),
-            "jac": self.xp.zeros_like(self.x),
+            "x": self.xp.zeros_like(self.base),
+            "fun": self.xp.zeros_like(self.base[:, 0]),
+            "jac": self.xp.zeros_like(self.base),
             **{name: zeros.copy() for name in ("nit", "nfev", "status")},
         }
 
@@ -155,25 +156,24 @@ class _Lockstep:
 
     def _numbers(self, values: list[float]) -> Array:
         """A column [S, 1] beside the vectors."""
-        if isinstance(self.x, Tensor):
-            return torch.tensor(values, dtype=self.x.dtype, device=self.x.device)[:, None]
-        return np.array(values, dtype=self.x.dtype)[:, None]
+        if isinstance(self.base, Tensor):
+            return torch.tensor(values, dtype=self.base.dtype, device=self.base.device)[:, None]
+        return np.array(values, dtype=self.base.dtype)[:, None]
 
     def _measure(self) -> list[Point]:
         """Evaluate all problems where they asked for it."""
         xp, table = self.xp, self.table
-        self.trial = self.x - self._numbers([p.request.step for p in self.problems]) * table[:, P]
-        f, g = self.evaluate(self.trial, np.array([p.row for p in self.problems]))
+        self.last = self.base - self._numbers([p.request.step for p in self.problems]) * table[:, P]
+        f, g = self.evaluate(self.last, np.array([p.row for p in self.problems]))
         self.rounds += 1
-        shapes, wanted = (tuple(f.shape), tuple(g.shape)), ((len(self.problems),), tuple(self.x.shape))
+        shapes, wanted = (tuple(f.shape), tuple(g.shape)), ((len(self.problems),), tuple(self.base.shape))
         check(shapes == wanted, "minimize_batch", "fun", shapes, f"a function that returns the shapes {wanted}")
-        table[:, NEW] = g
-        products = (table @ table[:, NEW, :, None])[:, :, 0]
-        columns = [f[:, None], xp.amax(xp.abs(g), axis=-1, keepdims=True), products]
+        table[:, LAST] = g
+        columns = [f[:, None], xp.amax(xp.abs(g), axis=-1, keepdims=True), (table @ g[:, :, None])[:, :, 0]]
         if self.options.norms:
             columns.append((table[:, P] ** 2).sum(-1)[:, None])
         points = []
-        for value, size, rho, down, cross, *rest in xp.concatenate(columns, axis=1).tolist():
+        for value, size, rho, cross, _, down, *rest in xp.concatenate(columns, axis=1).tolist():
             dd = rest.pop() if self.options.norms else 0.0
             kept_down, kept_y = rest or (0.0, 0.0)
             points.append(Point(value, -down, rho, cross, size, dd, -kept_down, kept_y))
@@ -181,35 +181,45 @@ class _Lockstep:
 
     def _advance(self, points: list[Point]) -> None:
         """Let every algorithm say what comes next, and do it to the vectors."""
-        accepted: list[int] = []
-        turns: list[tuple[int, Turn]] = []
+        turns: list[tuple[int, Turn, float]] = []
+        lowest = []
         for i, (problem, point) in enumerate(zip(self.problems, points, strict=True)):
+            step, last = problem.request.step, False
             try:
                 problem.request = problem.algorithm.send(point)
-                turn = problem.request.turn
-                accept = turn is not None and turn.accept
+                if problem.request.turn is not None:
+                    turns.append((i, problem.request.turn, step))
             except StopIteration as end:
-                ending: Ending = end.value
-                turn, accept, problem.ending = None, ending.accept, ending.status
-            if turn is not None:
-                turns.append((i, turn))
-            if accept:
-                accepted.append(i)
+                problem.ending, last = end.value
+            if last or point.f <= problem.f or problem.f != problem.f:
                 problem.f = point.f
-        x, table = self.x, self.table
-        kept = [i for i, turn in turns if turn.keep]
+                lowest.append(i)
+        if lowest:
+            self.best[lowest] = self.last[lowest]
+            self.table[lowest, BEST] = self.table[lowest, LAST]
+        if turns:
+            self._turn(turns)
+
+    def _turn(self, turns: list[tuple[int, Turn, float]]) -> None:
+        """What :class:`conjugo.optim.classical.driver.Driver` does to one problem; the last step belongs to each turn."""
+        table = self.table
+        between = [(i, turn.part, turn.part * step) for i, turn, step in turns if turn.part != 1.0]
+        if between:
+            rows, parts, steps = (list(column) for column in zip(*between, strict=True))
+            self.last[rows] = self.base[rows] - self._numbers(steps) * table[rows, P]
+            table[rows, LAST] = table[rows, BASE] + self._numbers(parts) * (table[rows, LAST] - table[rows, BASE])
+        kept = [i for i, turn, _ in turns if turn.keep]
         if kept:
             table[kept, P_KEPT] = table[kept, P]
-            table[kept, Y_KEPT] = table[kept, NEW] - table[kept, G]
-        if accepted:
-            x[accepted] = self.trial[accepted]
-            table[accepted, G] = table[accepted, NEW]
-        if turns:
-            rows = [i for i, _ in turns]
-            p = table[rows, G] + self._numbers([turn.beta for _, turn in turns]) * table[rows, P]
-            if any(turn.gamma for _, turn in turns):
-                p += self._numbers([turn.gamma for _, turn in turns]) * table[rows, P_KEPT]
-            table[rows, P] = p
+            table[kept, Y_KEPT] = table[kept, LAST] - table[kept, BASE]
+        accepted = [i for i, turn, _ in turns if turn.accept]
+        self.base[accepted] = self.last[accepted]
+        table[accepted, BASE] = table[accepted, LAST]
+        rows = [i for i, _, _ in turns]
+        p = table[rows, BASE] + self._numbers([turn.beta for _, turn, _ in turns]) * table[rows, P]
+        if any(turn.gamma for _, turn, _ in turns):
+            p += self._numbers([turn.gamma for _, turn, _ in turns]) * table[rows, P_KEPT]
+        table[rows, P] = p
 
     def _call_back(self, result: Any) -> None:
         """Show the problems that finished an iteration to the callback."""
@@ -222,9 +232,9 @@ class _Lockstep:
         answer = self.callback(
             result(
                 rows=np.array([p.row for p in problems]),
-                x=self.x[ready],
+                x=self.best[ready],
                 fun=self._numbers([p.f for p in problems])[:, 0],
-                jac=self.table[ready, G],
+                jac=self.table[ready, BEST],
                 nit=np.array([p.iterations for p in problems]),
                 nfev=np.array([p.memory.evaluations for p in problems]),
             )
@@ -248,8 +258,8 @@ class _Lockstep:
         if not ended:
             return
         rows = [self.problems[i].row for i in ended]
-        self.result["x"][rows] = self.x[ended]
-        self.result["jac"][rows] = self.table[ended, G]
+        self.result["x"][rows] = self.best[ended]
+        self.result["jac"][rows] = self.table[ended, BEST]
         self.result["fun"][rows] = self._numbers([self.problems[i].f for i in ended])[:, 0]
         for i in ended:
             problem = self.problems[i]
@@ -258,5 +268,6 @@ class _Lockstep:
             self.result["nfev"][problem.row] = problem.memory.evaluations
             self.result["status"][problem.row] = problem.ending
         going = [i for i, p in enumerate(self.problems) if p.ending is None]
-        self.x, self.trial, self.table = self.x[going], self.trial[going], self.table[going]
+        self.base, self.last, self.best = self.base[going], self.last[going], self.best[going]
+        self.table = self.table[going]
         self.problems = [self.problems[i] for i in going]

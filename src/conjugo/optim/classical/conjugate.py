@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 from conjugo.optim.betas import RULES, Products
 from conjugo.optim.classical.protocol import Algorithm, Ending, Limits, Memory, Point, Request, Status, Turn
-from conjugo.optim.classical.search import MOST_TRIALS, Outcome, strong_wolfe
+from conjugo.optim.classical.search import MOST_TRIALS, Outcome, line_search
 
 __all__ = ["FAMILY", "Member", "conjugate_gradients", "direction", "first_step"]
 
@@ -16,6 +18,19 @@ RESTART = 0.2
 """Powell's test: successive gradients are far from orthogonal when |<g, P g'>| >= 0.2 <g, P g>."""
 DESCENT = (0.8, 1.2)
 """Beale's direction is given up when -<g, d> leaves these bounds, in units of <g, P g> (Powell 1977)."""
+
+PARABOLA = 0.1
+"""How much a function may deviate from a parabola, relative to the descent to its minimum, to be taken for one."""
+SMALLNESS = 3.0
+"""If the gradient is more than so many times smaller at the minimum than at the trial, PARABOLA shrinks with the ratio."""
+REACH = (0.05, 2.0)
+"""Where the minimum of a parabola may lie, in units of the trial step."""
+FEW_TRIALS = 3
+"""Trials from an interpolated base, before it is evaluated itself."""
+NEGLIGIBLE = 0.01
+"""Part of a step by which an exact line search need not differ from it."""
+MOST_STALE = 3
+"""Iterations without a lower value, after which a line search does not trust parabolas."""
 
 
 @dataclass(frozen=True)
@@ -47,68 +62,157 @@ FAMILY = {
 
 
 def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algorithm:
-    """The algorithm as a generator; *memory* is read and written, so that a later run goes on where this one ends."""
+    """The algorithm as a generator; *memory* is read and written, so that a later run goes on where this one ends.
+
+    Where the function is nearly a parabola along the line, one evaluation makes an exact line search: its minimum and the
+    gradient there are interpolated, and the next line starts from that point, which itself is never evaluated.
+    """
     point = yield Request(0.0)
     memory.evaluations += 1
     if not point.finite:
-        return Ending(Status.NOT_FINITE, accept=True)
+        return Ending(Status.NOT_FINITE, last=True)
     until_iteration = memory.iterations + limits.max_iter
     until_evaluation = memory.evaluations - 1 + limits.max_eval
-    status = Status.CONVERGED if point.size <= limits.gtol else None
-    while status is None:
-        if memory.iterations >= until_iteration:
-            status = Status.MAX_ITER
-            break
+    lowest, part, stale = point.f, 1.0, 0
+    if point.size <= limits.gtol:
+        return Ending(Status.CONVERGED, last=True)
+    while memory.iterations < until_iteration:
         if memory.evaluations >= until_evaluation:
-            status = Status.MAX_EVAL
-            break
-        turn, slope = direction(member, memory, point, limits.size)
-        outcome = yield from _search(point, slope, turn, memory, limits, until_evaluation)
+            return Ending(Status.MAX_EVAL, last=False)
+        base = point
+        turn, slope = direction(member, memory, base, limits.size)
+        if turn.keep:
+            base = base._replace(restart_slope=base.slope, restart_curvature=base.rho - base.cross)
+        search = partial(_search, memory=memory, limits=limits, until=until_evaluation)
+        trials = MOST_TRIALS if part == 1.0 else FEW_TRIALS
+        outcome = yield from search(
+            base, slope, replace(turn, part=part), lowest=lowest, trials=trials, exact=stale < MOST_STALE
+        )
+        if outcome.point is None and part != 1.0 and memory.evaluations < until_evaluation:
+            # The interpolated base has misled the search: see what is really there, and begin anew.
+            base = yield Request(0.0)
+            memory.evaluations += 1
+            turn, slope = Turn(), -base.rho
+            outcome = yield from search(base, slope, turn, lowest=base.f)
         if outcome.point is None and (turn.beta or turn.gamma) and memory.evaluations < until_evaluation:
-            turn, slope = Turn(accept=False), -point.rho
-            outcome = yield from _search(point, slope, turn, memory, limits, until_evaluation)
+            turn, slope = Turn(accept=False), -base.rho
+            outcome = yield from search(base, slope, turn, lowest=base.f)
         if outcome.point is None:
+            memory.rho = 0.0
             spent = memory.evaluations >= until_evaluation
-            memory.rho = 0.0  # the direction belongs to a step that was not taken
-            return Ending(Status.MAX_EVAL if spent else Status.NO_PROGRESS, accept=False)
-        memory.iterations += 1
-        memory.step, memory.slope, memory.f_drop = outcome.step, slope, point.f - outcome.point.f
-        memory.rho = point.rho if outcome.found else 0.0  # after a poor step the next direction is steepest descent
+            return Ending(Status.MAX_EVAL if spent else Status.NO_PROGRESS, last=False)
         point = outcome.point
-        if point.size <= limits.gtol or memory.f_drop <= limits.f_tol * max(1.0, abs(point.f)):
-            status = Status.CONVERGED
-    return Ending(status, accept=True)
+        memory.iterations += 1
+        if _converged(point, lowest, limits):
+            return Ending(Status.CONVERGED, last=True)
+        stale = 0 if point.f < lowest else stale + 1
+        lowest = min(lowest, point.f)
+        # After a poor step the next direction is steepest descent.
+        memory.rho = base.rho if outcome.found else 0.0
+        memory.step, memory.slope, memory.f_drop, part = outcome.step, slope, base.f - point.f, 1.0
+        if memory.iterations >= until_iteration:
+            # A later run starts from the lowest point: the direction is of use there only if that is this one.
+            memory.rho = memory.rho if stale == 0 else 0.0
+            break
+        exact = interpolate(base, slope, outcome.step, point, limits.noise) if outcome.found else None
+        if exact is not None and abs(exact.part - 1.0) > NEGLIGIBLE:
+            part, point = exact
+            memory.step, memory.f_drop = part * outcome.step, base.f - point.f
+        if limits.f_tol > 0 and memory.f_drop <= limits.f_tol * max(1.0, abs(point.f)):
+            return Ending(Status.CONVERGED, last=False)
+    return Ending(Status.MAX_ITER, last=False)
 
 
 def _search(
-    base: Point, slope: float, turn: Turn, memory: Memory, limits: Limits, until: int
+    base: Point,
+    slope: float,
+    turn: Turn,
+    *,
+    lowest: float,
+    memory: Memory,
+    limits: Limits,
+    until: int,
+    trials: int = MOST_TRIALS,
+    exact: bool = True,
 ) -> Generator[Request, Point, Outcome]:
     """Turn, then search along the new direction; in the end the last evaluation is the point of the outcome, if any."""
-    left = until - memory.evaluations
-    search = strong_wolfe(
+
+    def enough(step: float, point: Point) -> bool:
+        parabola = exact and interpolate(base, slope, step, point, limits.noise) is not None
+        return parabola or _converged(point, lowest, limits)
+
+    search = line_search(
         base.f,
         slope,
         first_step(memory, base, slope),
         c1=limits.c1,
         c2=limits.c2,
         noise=limits.noise * abs(base.f),
-        trials=max(1, min(MOST_TRIALS, left - 1)),
+        lowest=lowest,
+        # One evaluation is left to go back to the best point.
+        trials=max(1, min(trials, until - memory.evaluations - 1)),
+        enough=enough,
     )
-    first: Turn | None = turn
-    step = next(search)
+    request = Request(next(search), turn)
     while True:
-        point = yield Request(step, first)
+        point = yield request
         memory.evaluations += 1
-        first = None
         try:
-            step = search.send(point)
+            request = Request(search.send(point))
         except StopIteration as end:
             outcome: Outcome = end.value
             break
-    if outcome.point is not None and outcome.step != step:  # the best point is not the last one: go back to it
+    if outcome.point is not None and outcome.step != request.step:  # the best point is not the last one: go back to it
         yield Request(outcome.step)
         memory.evaluations += 1
     return outcome
+
+
+def _converged(point: Point, lowest: float, limits: Limits) -> bool:
+    """Whether the gradient is small enough, and not because this is a maximum or a saddle behind a minimum."""
+    return point.size <= limits.gtol and point.f <= lowest + limits.noise * abs(lowest)
+
+
+class Exact(NamedTuple):
+    """The minimum along the line: at which part of the step, and what is there."""
+
+    part: float
+    point: Point
+
+
+def interpolate(base: Point, slope: float, step: float, trial: Point, noise: float) -> Exact | None:
+    """The minimum of the parabola through *base* and *trial*, or None where the function is not like one.
+
+    Taken is a gradient that is linear along the line: then its inner products with fixed vectors are linear, and <g, P g> is
+    quadratic. Value and slope of the trial, predicted from those of the base, may differ by :data:`PARABOLA` of the descent
+    to the minimum, by less if the gradient at the minimum is small beside that at the trial, and by noise (relative to f).
+    The minimum must lie within :data:`REACH`: beyond it, errors of the gradient would grow. slope: at the base.
+    """
+    if trial.slope == slope:
+        return None
+    b = slope / (slope - trial.slope)
+    a = 1 - b
+    if not REACH[0] < b < REACH[1]:
+        return None
+    rho = a * a * base.rho + 2 * a * b * trial.cross + b * b * trial.rho
+    tolerance = PARABOLA * min(1.0, SMALLNESS * math.sqrt(max(rho, 0.0) / trial.rho))
+    descent = -0.5 * b * step * slope
+    deviation = abs(trial.f - base.f - 0.5 * step * (slope + trial.slope))
+    if deviation * max(1.0, b) ** 3 > tolerance * descent + noise * abs(trial.f):
+        return None
+    return Exact(
+        b,
+        Point(
+            f=trial.f - 0.5 * a * step * trial.slope,
+            slope=a * slope + b * trial.slope,
+            rho=rho,
+            cross=a * base.rho + b * trial.cross,
+            size=trial.size,
+            dd=trial.dd,
+            restart_slope=a * base.restart_slope + b * trial.restart_slope,
+            restart_curvature=a * base.restart_curvature + b * trial.restart_curvature,
+        ),
+    )
 
 
 def direction(member: Member, memory: Memory, point: Point, size: int) -> tuple[Turn, float]:

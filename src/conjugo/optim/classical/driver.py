@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -19,51 +20,58 @@ Evaluate: TypeAlias = Callable[[Tensor, Tensor], "Tensor | float"]
 
 
 class Rows(NamedTuple):
-    """Which row of the table holds what; the last two exist for Beale's method only.
+    """Which row of the table holds what, behind the gradients at three points; the last two exist for Beale's method only.
 
     p is minus the direction: then p <- P g + beta p is one pass over memory.
     """
 
-    new: int = 0  # gradient at the trial point
-    p: int = 1
-    g: int = 2  # gradient at the base x
-    p_kept: int = 3
-    y_kept: int = 4
+    p: int = 3
+    p_kept: int = 4
+    y_kept: int = 5
 
 
 class Driver:
     """The vectors of one problem and what is done to them.
 
-    x [n]: the base point, real; table [k, n]: gradients and directions. All inner products of an evaluation are one product of
-    the table with the new gradient, and vectors change their role by exchange of rows, not by copying.
+    There are three slots for points, of which row i of *points* [3, n] and row i of *table* [k, n] hold x and its gradient. The
+    other rows of the table are directions. All inner products of an evaluation are one product of the table with the new
+    gradient, and points and directions change their role by exchange of rows, not by copying.
     """
 
     def __init__(
         self,
         options: Options,
-        x: Tensor,
+        points: Tensor,
         evaluate: Evaluate,
         *,
         precondition: Callable[[Tensor], Tensor] | None = None,
         curvature: Callable[[Tensor, Tensor], Tensor] | None = None,
-        table: Tensor | None = None,
     ) -> None:
         self.options, self.evaluate = options, evaluate
         self.precondition, self.curvature = precondition, curvature
-        self.x, self.trial = x, torch.empty_like(x)
-        self.table = x.new_zeros(options.vectors, x.numel()) if table is None else table
-        self.rows, self.f = Rows(), float("nan")
-        self.gradient = self.table[self.rows.g]  # at x
-        self._z = self.gradient  # P times the gradient at the trial point
-        self._f_trial = self.f
+        self.points, self.rows = points, Rows()
+        self.table = points.new_zeros(options.vectors, points.shape[1])
+        self.base = self.last = self.best = 0  # slots: where the line starts, evaluated last, lowest
+        self.f = self._f_last = math.nan  # at best, at last
+
+    @property
+    def x(self) -> Tensor:
+        """The result."""
+        return self.points[self.best]
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient at x."""
+        return self.table[self.best]
 
     def run(self, memory: Memory, after_iteration: Callable[[], object] = lambda: None) -> Status:
-        """Run the algorithm to its end; then x, f and gradient are those of the best point seen.
+        """Run the algorithm from the base to its end; then x, f and gradient are the result.
 
-        after_iteration is called when they are those of a new iteration; ``StopIteration`` from it ends the run. The direction
-        of the last step stays as it is: the next run goes on from it.
+        after_iteration is called when they are those of the best point so far; ``StopIteration`` from it ends the run. The last
+        direction and the gradient at the base stay as they are: the next run goes on from them.
         """
-        algorithm = self.options.algorithm(memory, self.x.numel(), torch.finfo(self.x.dtype).eps)
+        algorithm = self.options.algorithm(memory, self.points.shape[1], torch.finfo(self.points.dtype).eps)
+        self.f, self.best = math.nan, self.base
         try:
             return self._drive(algorithm, memory, after_iteration)
         except StopIteration:
@@ -76,17 +84,17 @@ class Driver:
     def _drive(self, algorithm: Algorithm, memory: Memory, after_iteration: Callable[[], object]) -> Status:
         request, seen = next(algorithm), memory.iterations
         while True:
-            point = self._measure(request)
+            point, step = self._measure(request), request.step
             try:
                 request = algorithm.send(point)
             except StopIteration as end:
-                if end.value.accept:
-                    self._accept(self.table[self.rows.new])
+                if end.value.last:
+                    self.best, self.f = self.last, self._f_last
                 if memory.iterations > seen:
                     after_iteration()
                 return Status(end.value.status)
             if request.turn is not None:
-                self._turn(request.turn)
+                self._turn(request.turn, step)
             if memory.iterations > seen:
                 seen = memory.iterations
                 after_iteration()
@@ -94,48 +102,59 @@ class Driver:
     def _measure(self, request: Request) -> Point:
         """Evaluate where the algorithm asked for it; waits once for the device."""
         table, rows = self.table, self.rows
+        p = table[rows.p]
         if request.curvature:
             assert self.curvature is not None
-            p = table[rows.p]
-            return Point(self.f, table_products(p[None], self.curvature(self.x, p)).item(), 0.0, 0.0, 0.0)
-        torch.sub(self.x, table[rows.p], alpha=request.step, out=self.trial)
-        g = table[rows.new]
-        f = self.evaluate(self.trial, g)
+            product = self.curvature(self.points[self.base], p)
+            return Point(math.nan, table_products(p[None], product).item(), 0.0, 0.0, 0.0)
+        last = self._free(self.base, self.best)
+        x, g = self.points[last], table[last]
+        torch.sub(self.points[self.base], p, alpha=request.step, out=x)
+        f = self.evaluate(x, g)
         found = [table_products(table, g), torch.linalg.vector_norm(g, torch.inf).reshape(1)]
         if self.options.norms:
-            found.append(table_products(table[rows.p][None], table[rows.p]))
+            found.append(table_products(p[None], p))
         if self.precondition is not None:
-            self._z = self.precondition(g)
-            found.append(table_products(table, self._z))
+            found.append(table_products(table, self.precondition(g)))
         if isinstance(f, Tensor):
             found.append(f.detach().reshape(1))
         numbers = torch.cat(found).tolist()
-        self._f_trial = numbers.pop() if isinstance(f, Tensor) else f
+        f = numbers.pop() if isinstance(f, Tensor) else f
+        self.last, self._f_last = last, f
+        if f <= self.f or self.f != self.f:
+            self.best, self.f = last, f
         k = len(table)
         by_g, size, dd = numbers[:k], numbers[k], numbers[k + 1] if self.options.norms else 0.0
         by_z = by_g if self.precondition is None else numbers[-k:]
         kept = (-by_g[rows.p_kept], by_z[rows.y_kept]) if self.options.beale else ()
-        return Point(self._f_trial, -by_g[rows.p], by_z[rows.new], by_z[rows.g], size, dd, *kept)
+        return Point(f, -by_g[rows.p], by_z[last], by_z[self.base], size, dd, *kept)
 
-    def _accept(self, gradient: Tensor) -> None:
-        self.x, self.trial, self.f, self.gradient = self.trial, self.x, self._f_trial, gradient
+    @staticmethod
+    def _free(*used: int) -> int:
+        """A slot that is not in use."""
+        return next(slot for slot in range(3) if slot not in used)
 
-    def _turn(self, turn: Turn) -> None:
-        table, rows = self.table, self.rows
-        if turn.accept:
-            self._accept(table[rows.new])
-        z = self.gradient
-        if self.precondition is not None:
-            z = self._z if turn.accept else self.precondition(z)
+    def _turn(self, turn: Turn, step: float) -> None:
+        """step: how far the last evaluation is from the base."""
+        table, rows, base = self.table, self.rows, self.base
         p = target = table[rows.p]
+        if turn.accept:
+            base = self.last
+            if turn.part != 1.0:
+                base = self._free(self.base, self.best)
+                torch.sub(self.points[self.base], p, alpha=turn.part * step, out=self.points[base])
+                torch.lerp(table[self.base], table[self.last], turn.part, out=table[base])
+        z = table[base]
+        if self.precondition is not None:
+            z = self.precondition(z)
         if turn.keep:
-            torch.sub(table[rows.new], table[rows.g], out=table[rows.y_kept])
+            torch.sub(table[base], table[self.base], out=table[rows.y_kept])
             target = table[rows.p_kept]
-            rows = rows._replace(p=rows.p_kept, p_kept=rows.p)
+            self.rows = rows._replace(p=rows.p_kept, p_kept=rows.p)
         torch.add(z, p, alpha=turn.beta, out=target)
         if turn.gamma:
             target.add_(table[rows.p_kept], alpha=turn.gamma)
-        self.rows = rows._replace(new=rows.g, g=rows.new) if turn.accept else rows
+        self.base = base
 
 
 def table_products(table: Tensor, v: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from conjugo.optim.classical.protocol import MESSAGES, Memory, Status
 
 __all__ = ["FullBatchCG"]
 
-NAMES = {"p": "direction", "g": "grad_prev", "p_kept": "direction_kept", "y_kept": "grad_change_kept"}
-"""State by row of the driver's table; of the fifth row nothing is needed between steps."""
+NAMES = {"p": "direction", "p_kept": "direction_kept", "y_kept": "grad_change_kept"}
+"""State by row of the driver's table; a fourth vector is the gradient where the last line started."""
 
 
 class FullBatchCG(Optimizer):
@@ -120,7 +120,7 @@ class FullBatchCG(Optimizer):
         )
 
     def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
-        names = list(NAMES.values())[: self._options(group).vectors - 1]
+        names = ["grad_prev", *NAMES.values()][: self._options(group).vectors - 2]
         memory = torch.tensor(Memory().numbers(), dtype=wide_dtype(p.device), device=p.device)
         return {name: zeros_for(p) for name in names} | {"memory": memory}
 
@@ -129,8 +129,8 @@ class FullBatchCG(Optimizer):
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._real = [as_real(p.detach()) for p in self._params]
         self._sizes = [real.numel() for real in self._real]
-        x = self._real[0].new_empty(sum(self._sizes))
-        self._driver = Driver(self._options(self.param_groups[0]), x, self._evaluate)
+        points = self._real[0].new_empty(3, sum(self._sizes))
+        self._driver = Driver(self._options(self.param_groups[0]), points, self._evaluate)
         for name, flat in self._vectors().items():
             torch._foreach_copy_(self._views(flat), [self.state[p][name] for p in self._params])
         self._show_vectors()
@@ -141,7 +141,7 @@ class FullBatchCG(Optimizer):
     def _vectors(self) -> dict[str, Tensor]:
         """What is kept between steps, by its name in the state."""
         driver = self._driver
-        rows = {name: getattr(driver.rows, role) for role, name in NAMES.items()}
+        rows = {"grad_prev": driver.base} | {name: getattr(driver.rows, role) for role, name in NAMES.items()}
         return {name: driver.table[row] for name, row in rows.items() if row < len(driver.table)}
 
     def _views(self, flat: Tensor) -> list[Tensor]:
@@ -165,7 +165,7 @@ class FullBatchCG(Optimizer):
         """
         driver, memories = self._driver, [self.state[p]["memory"] for p in self._params]
         driver.options = self._options(self.param_groups[0])
-        torch._foreach_copy_(self._views(driver.x), self._real)
+        torch._foreach_copy_(self._views(driver.points[driver.base]), self._real)
         memory = Memory.of(memories[0].tolist())
         before = replace(memory)
         self._closure = closure

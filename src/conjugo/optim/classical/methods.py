@@ -58,8 +58,8 @@ class Options:
 
     @property
     def vectors(self) -> int:
-        """Vectors of a driver beside its points: two gradients and the direction, with Beale's method two more."""
-        return 5 if self.beale else 3
+        """Vectors of a driver beside its three points: their gradients and the direction, with Beale's method two more."""
+        return 6 if self.beale else 4
 
     @property
     def norms(self) -> bool:

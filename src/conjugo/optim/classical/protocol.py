@@ -41,7 +41,7 @@ MESSAGES = {
 
 
 class Point(NamedTuple):
-    """What the driver measured at a trial point x + step d, with g its gradient and g' the gradient at x."""
+    """What the driver measured at a trial point x + step d, with g its gradient and g' the gradient at the base x."""
 
     f: float
     slope: float  # <g, d>
@@ -54,22 +54,24 @@ class Point(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether function and gradient are."""
-        return math.isfinite(self.f) and math.isfinite(self.size) and math.isfinite(self.slope)
+        """Whether the value, the gradient and its inner products are."""
+        return math.isfinite(self.f + self.size + self.rho + self.slope)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The next direction: d <- -P g + beta d + gamma d_r.
+    """The next base point, and the next direction from it: d <- -P g + beta d + gamma d_r.
 
-    accept: g is the gradient at the point evaluated last, which becomes the new x; otherwise x and its gradient stay.
-    keep: first keep d_r = d and y_r = g - g' (a restart of Beale's method).
+    accept: the base moves by *part* times the last step, and its gradient is g' + part (g - g'): for part 1 that is the point
+    evaluated last, otherwise an interpolation. Without *accept* base and gradient stay.
+    keep: first keep d_r = d and y_r = the change of the gradient (a restart of Beale's method).
     """
 
     beta: float = 0.0
     gamma: float = 0.0
     keep: bool = False
     accept: bool = True
+    part: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,10 @@ class Request:
 
 
 class Ending(NamedTuple):
-    """The run is over; *accept*: the point evaluated last is the result, otherwise x."""
+    """The run is over; the result is the point evaluated last, or else the lowest one that was evaluated."""
 
     status: Status
-    accept: bool
+    last: bool
 
 
 Algorithm: TypeAlias = Generator[Request, Point, Ending]
@@ -121,7 +123,7 @@ class Memory:
     since_restart: int = 0
     step: float = 0.0
     slope: float = 0.0
-    rho: float = 0.0  # 0: there is no last direction
+    rho: float = 0.0  # 0: there is no last direction, or it is of no use any more
     f_drop: float = 0.0
     restart_dy: float = 0.0  # <d_r, y_r>; 0: nothing is kept
     dd: float = 0.0  # <d, d>, for the scaled method

@@ -24,7 +24,7 @@ def scaled_conjugate_gradients(memory: Memory, limits: Limits, *, sigma: float, 
     point = yield Request(0.0)
     memory.evaluations += 1
     if not point.finite:
-        return Ending(Status.NOT_FINITE, accept=True)
+        return Ending(Status.NOT_FINITE, last=True)
     until_iteration = memory.iterations + limits.max_iter
     until_evaluation = memory.evaluations - 1 + limits.max_eval
     memory.damping = memory.damping or FIRST_DAMPING
@@ -43,13 +43,13 @@ def scaled_conjugate_gradients(memory: Memory, limits: Limits, *, sigma: float, 
         if trial is None:
             spent = memory.evaluations >= until_evaluation
             memory.rho = 0.0  # the direction belongs to a step that was not taken
-            return Ending(Status.MAX_EVAL if spent else Status.NO_PROGRESS, accept=False)
+            return Ending(Status.MAX_EVAL if spent else Status.NO_PROGRESS, last=False)
         memory.iterations += 1
         memory.slope, memory.rho, memory.dd, memory.f_drop = slope, point.rho, dd, point.f - trial.f
         point = trial
-        if point.size <= limits.gtol or memory.f_drop <= limits.f_tol * max(1.0, abs(point.f)):
+        if point.size <= limits.gtol or (limits.f_tol > 0 and memory.f_drop <= limits.f_tol * max(1.0, abs(point.f))):
             status = Status.CONVERGED
-    return Ending(status, accept=True)
+    return Ending(status, last=True)
 
 
 def _direction(memory: Memory, point: Point, size: int) -> tuple[Turn, float, float]:

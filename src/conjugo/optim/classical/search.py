@@ -7,12 +7,12 @@ not finite, and the end of the digits of f (Hager & Zhang 2005).
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 from conjugo.optim.classical.protocol import Point
 
-__all__ = ["Outcome", "cubic_minimum", "strong_wolfe"]
+__all__ = ["MOST_TRIALS", "Outcome", "Sample", "cubic_minimum", "line_search", "secant"]
 
 MOST_TRIALS = 30
 GROWTH = (1.1, 10.0)
@@ -59,18 +59,29 @@ def secant(a: Sample, b: Sample) -> float:
     return a.step - a.slope * (b.step - a.step) / bend if bend else math.nan
 
 
-def strong_wolfe(
-    f: float, slope: float, first: float, *, c1: float, c2: float, noise: float, trials: int = MOST_TRIALS
+def line_search(
+    f: float,
+    slope: float,
+    first: float,
+    *,
+    c1: float,
+    c2: float,
+    noise: float,
+    lowest: float,
+    trials: int = MOST_TRIALS,
+    enough: Callable[[float, Point], bool] = lambda step, point: False,
 ) -> Generator[float, Point, Outcome]:
     """Yield step lengths, receive the points there, return the outcome.
 
-    Accepted is a step with phi(step) <= f + c1 step slope and abs(phi'(step)) <= c2 abs(slope). f, slope < 0: value and slope
-    at step 0. first > 0: the first trial. noise: absolute rounding error of f; a rise within it does not count, then slopes
+    Accepted is a step with phi(step) <= f + c1 step slope and abs(phi'(step)) <= c2 abs(slope), or one that is *enough* by
+    itself. f, slope < 0: value and slope at step 0. lowest: the lowest value measured so far; it is f, unless that is an
+    estimate. first > 0: the first trial. noise: absolute rounding error of f; a rise within it does not count, then slopes
     decide (the approximate Wolfe conditions). trials: at most so many.
     """
-    low, high = Sample(0.0, f, slope), None
+    low = Sample(0.0, f, slope)
+    high = None
     best: tuple[float, Point | None] = (0.0, None)
-    best_f = f
+    least = lowest
     ceiling, step, widths = math.inf, first, (math.inf, math.inf)
     for _ in range(trials):
         point = yield step
@@ -80,12 +91,12 @@ def strong_wolfe(
                 break
             continue
         here = Sample(step, point.f, point.slope)
-        enough = point.f <= f + c1 * step * slope + noise
-        if enough and abs(point.slope) <= -c2 * slope:
+        lower = point.f <= max(f, lowest) + c1 * step * slope + noise
+        if (lower and abs(point.slope) <= -c2 * slope) or enough(step, point):
             return Outcome(True, step, point)
-        if point.f < best_f:
-            best, best_f = (step, point), point.f
-        if not enough or point.f > low.f + noise:
+        if point.f < least:
+            best, least = (step, point), point.f
+        if not lower or point.f > low.f + noise:
             high = here
         elif high is None:
             if point.slope >= 0:

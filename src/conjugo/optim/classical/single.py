@@ -135,9 +135,10 @@ class _Problem:
         check(automatic or not exact, "minimize", "curvature", "hvp", "'difference' unless gradients are automatic")
         check(precond is None or options.method != "scg", "minimize", "precond", precond, "None with method 'scg'")
         self.evaluate = self._automatic if automatic else self._given
+        points = layout.start().repeat(3, 1)
         self.driver = Driver(
             options,
-            layout.start(),
+            points,
             self.evaluate,
             precondition=None if precond is None else self._precondition,
             curvature=self._curvature if exact else None,
