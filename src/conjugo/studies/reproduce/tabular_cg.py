@@ -348,10 +348,11 @@ class TabularResult:
         alpha = self.best_alpha(name)
         table = new_table(
             f"{name}, α = {alpha:g} (the best mean AUC of all solvers)",
-            f"Means of the folds. Recall: of the bad class. Cost: of a row; a missed bad one costs {COST:g}, a refused good "
-            "one 1. Evaluations and processor seconds: all starts together. |g|: largest component, worst fold.",
+            "Means of the folds. AUC, accuracy and recall of the bad class in %. Cost: of a row; a missed bad one costs "
+            f"{COST:g}, a refused good one 1. Evaluations and processor seconds: all starts together. |g|: largest component, "
+            "worst fold.",
         )
-        for column in ("AUC %", "acc. %", "recall %", "cost", "loss", "evals", "s", "|g|"):
+        for column in ("AUC", "acc.", "rec.", "cost", "loss", "evals", "s", "|g|"):
             table.add_column(column, justify="right", no_wrap=True)
         for solver in self.plan.solvers:
             mean = {f.name: self.mean(name, alpha, solver, f.name) for f in fields(Fold)}
@@ -359,7 +360,7 @@ class TabularResult:
                 LABELS[solver],
                 *(f"{100 * mean[column]:.1f}" for column in ("auc", "accuracy", "recall")),
                 f"{mean['cost']:.3f}",
-                f"{mean['loss']:.4f}",
+                f"{mean['loss']:.3f}",
                 "–" if math.isnan(mean["evaluations"]) else f"{mean['evaluations']:,.0f}",
                 f"{mean['seconds']:.2f}",
                 f"{max(self.values(name, alpha, solver, 'gradient')):.0e}",

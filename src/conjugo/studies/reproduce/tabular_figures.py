@@ -52,6 +52,8 @@ def evaluations(result: TabularResult) -> Figure:
 
 def training(result: TabularResult) -> Figure:
     """Lowest training loss so far against evaluations, from one start."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with drawing.new_axes(drawing.WIDE) as axes:
         ends = []
         looks = drawing.styles(tuple(result.curves))
@@ -60,6 +62,9 @@ def training(result: TabularResult) -> Figure:
             ends.append(drawing.End(LABELS[name], curve[-1][0], curve[-1][1], looks[name].color))
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("evaluations of function and gradient")
         axes.set_ylabel("training loss")
         drawing.label_ends(axes, ends)
