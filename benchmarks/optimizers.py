@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks._timing import interleave, ratio, show
-from conjugo.optim import LAMB, LARS, NLCG
+from conjugo.optim import FRSGD, LAMB, LARS, NLCG, AdaGradNorm
 from conjugo.training import models
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -21,10 +21,15 @@ OURS: dict[str, tuple[Factory, str]] = {
     "NLCG, FR": (lambda p: NLCG(p, lr=1e-3, precond="none"), "SGD momentum, fused"),
     "NLCG, PR + BFGS": (lambda p: NLCG(p, lr=1e-3, rule="pr"), "AdamW, fused"),
     "NLCG, FR + BFGS, PyTorch path": (lambda p: NLCG(p, lr=1e-3, fused=False), "AdamW, foreach"),
+    "FRSGD": (lambda p: FRSGD(p, lr=1e-3), "SGD momentum, fused"),
+    "AdaGradNorm": (lambda p: AdaGradNorm(p), "SGD, foreach"),
+    "AdaGradNorm, momentum": (lambda p: AdaGradNorm(p, momentum=0.9), "SGD momentum, fused"),
+    "AdaGradNorm, distance": (lambda p: AdaGradNorm(p, distance=True), "SGD, foreach"),
     "LARS": (lambda p: LARS(p, lr=1e-3), "LARS of pytorch_optimizer"),
     "LAMB": (lambda p: LAMB(p, lr=1e-3), "LAMB of pytorch_optimizer"),
 }
 PEERS: dict[str, Factory] = {
+    "SGD, foreach": lambda p: torch.optim.SGD(p, lr=1e-3, foreach=True),
     "SGD momentum, fused": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, fused=True),
     "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
     "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
@@ -44,10 +49,15 @@ def transformer() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape) * 0.02) for shape in [(8192, 512), *block * 4]]
 
 
+def ten_million() -> list[nn.Parameter]:
+    """10.5 M parameters in 20 tensors."""
+    return [nn.Parameter(torch.randn(shape) * 0.02) for shape in [(1024, 1024), (1024,)] * 10]
+
+
 def main() -> None:
     """Print the tables."""
     torch.manual_seed(0)
-    for title, make in (("ResNet-50", resnet50), ("transformer", transformer)):
+    for title, make in (("ten layers", ten_million), ("ResNet-50", resnet50), ("transformer", transformer)):
         _measure(title, make)
     _small()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conjugo.optim import WeightEMA
+from conjugo.optim import PolynomialAverage, WeightEMA
 from conjugo.optim.averaging import ema_decay
 
 
@@ -194,3 +194,47 @@ def test_the_average_of_another_model_is_refused_and_nothing_changes():
 def test_bad_decays_are_named(decay):
     with pytest.raises(ValueError, match=rf"WeightEMA: decay must be in \[0, 1\), got {decay}"):
         WeightEMA(model(), decay=decay)
+
+
+# ---- the polynomial average ----
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 8.0])
+def test_polynomial_average_in_closed_form(gamma):
+    """Weights in proportion to Gamma(t + gamma) / Gamma(t): for gamma = 0 the mean, for gamma = 1 in proportion to t."""
+    w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    average = PolynomialAverage(nn.ParameterList([w]), gamma=gamma)
+    history = torch.randn(12, 2, dtype=torch.float64)
+    for value in history:
+        with torch.no_grad():
+            w.copy_(value)
+        average.update()
+    t = torch.arange(1, 13, dtype=torch.float64)
+    weights = torch.exp(torch.lgamma(t + gamma) - torch.lgamma(t))
+    with average.averaged():
+        torch.testing.assert_close(w.detach(), weights @ history / weights.sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_polynomial_average_goes_on_from_a_saved_one():
+    net = model()
+    average = PolynomialAverage(net, gamma=3.0)
+    disturb(net)
+    average.update()
+    state = copy.deepcopy(average.state_dict())
+    other = PolynomialAverage(net)
+    other.load_state_dict(state)
+    for one in (average, other):
+        one.update()
+    with average.averaged():
+        expected = values(net)
+    with other.averaged():
+        assert equal(values(net), expected)
+    assert (other.gamma, other.updates) == (3.0, 2)
+    with pytest.raises(ValueError, match="WeightEMA: the state must be one with 'decay', got"):
+        WeightEMA(net).load_state_dict(state)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, float("inf"), float("nan")])
+def test_bad_gammas_are_named(gamma):
+    with pytest.raises(ValueError, match=r"PolynomialAverage: gamma must be in \[0, inf\), got"):
+        PolynomialAverage(model(), gamma=gamma)

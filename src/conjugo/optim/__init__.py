@@ -5,13 +5,15 @@ per step like SGD, a momentum that is computed instead of tuned, and a diagonal 
 so large that the number of steps is what limits training; with small, noisy batches it has no advantage over momentum.
 ``LARS`` (You, Gitman & Ginsburg 2017) and ``LAMB`` (You et al. 2020) scale the step layer by layer; ``MCLR`` and ``CBLR``
 (Gao & Zhong 2020) do so by its curvature. ``schedules`` holds learning-rate and batch-size schedules and the rules that scale
-a learning rate with the batch, ``averaging`` the running average of weights. ``DiscardSmallLoss`` takes the gradient from the
+a learning rate with the batch, ``averaging`` running averages of weights. ``DiscardSmallLoss`` takes the gradient from the
 largest losses of a batch only (Gao & Zhong 2020).
+``FRSGD`` (Wang & Ye 2020) is SGD with the Fletcher-Reeves momentum; ``AdaGradNorm`` (Ward, Wu & Bottou 2019) has one step
+size, which the norms of the gradients decide; ``step_sizes`` holds such rules for the other optimizers.
 ``minimize`` and ``FullBatchCG`` are the classical methods with a line search, for losses without noise.
 """
 
 from conjugo.optim.adagrad_norm import AdaGradNorm
-from conjugo.optim.averaging import WeightEMA
+from conjugo.optim.averaging import PolynomialAverage, WeightEMA
 from conjugo.optim.cblr import CBLR, MCLR
 from conjugo.optim.classical import FullBatchCG, minimize
 from conjugo.optim.curvature_statistics import layer_curvature, layer_rates
@@ -32,6 +34,7 @@ __all__ = [
     "AdaGradNorm",
     "DiscardSmallLoss",
     "FullBatchCG",
+    "PolynomialAverage",
     "WeightEMA",
     "batch_norm_scales",
     "depth_scales",

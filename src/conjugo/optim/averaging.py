@@ -1,7 +1,9 @@
-"""Exponential moving average of the weights, for evaluation."""
+"""Running averages of the weights, for evaluation."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,38 +15,20 @@ from conjugo._space import to_local
 from conjugo.errors import check
 from conjugo.optim._base import copy, state_dtype
 
-__all__ = ["WeightEMA", "ema_decay"]
+__all__ = ["PolynomialAverage", "WeightAverage", "WeightEMA", "ema_decay"]
 
 
-class WeightEMA:
-    r"""A running average of a model's parameters, which :meth:`averaged` lends to the model for evaluation.
+class WeightAverage(ABC):
+    r"""Base of the running averages of a model's parameters, which :meth:`averaged` lends to the model for evaluation.
 
-    .. math:: \bar w \leftarrow d_t \bar w + (1 - d_t) w, \qquad d_t = \min(d, (1 + t) / (10 + t))
+    .. math:: \bar w \leftarrow (1 - c_t) \bar w + c_t w
 
-    with t the number of earlier updates: the first averages forget the initial weights quickly. Only parameters are
-    averaged; buffers (running statistics of batch normalisation) stay those of the model. The averages are kept in
-    float32 (float64 for float64 parameters), one vector more than the model.
-
-    Args:
-        model: the model in training; its parameters, also DTensors, are read at each :meth:`update`.
-        decay: the limit :math:`d`, in [0, 1).
-
-    Raises:
-        ValueError: *decay* is out of its range.
-
-    >>> model = torch.nn.Linear(1, 1, bias=False)
-    >>> ema = WeightEMA(model)
-    >>> _ = model.weight.data.add_(1.0)
-    >>> ema.update()  # the first decay is 1/10
-    >>> with ema.averaged():
-    ...     lent = model.weight.item()
-    >>> round(model.weight.item() - lent, 3)
-    0.1
+    with t the number of earlier updates; subclasses choose :math:`c_t`. Only parameters are averaged; buffers (running
+    statistics of batch normalisation) stay those of the model. The averages are kept in float32 (float64 for float64
+    parameters), one vector more than the model.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
-        check(0 <= decay < 1, "WeightEMA", "decay", decay, "in [0, 1)")
-        self.decay = decay
+    def __init__(self, model: nn.Module) -> None:
         self.updates = 0
         self._model = model
         self._reshard()
@@ -55,12 +39,20 @@ class WeightEMA:
         }
         self._lent = False
 
+    @abstractmethod
+    def _weight(self) -> float:
+        """c of the coming update, in [0, 1]."""
+
+    @abstractmethod
+    def _setting(self) -> dict[str, float]:
+        """What c depends on besides the number of updates: name and value of an attribute."""
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in the model's present parameters; call it after each optimizer step."""
         if self._lent:
-            raise RuntimeError("WeightEMA: update() was called while the model holds the averages")
-        weight = 1 - ema_decay(self.updates, self.decay)
+            raise RuntimeError(f"{self._name}: update() was called while the model holds the averages")
+        weight = self._weight()
         for name, average in self._averages.items():
             to_local(average).lerp_(to_local(self._parameters[name]).to(average.dtype), weight)
         self.updates += 1
@@ -69,7 +61,7 @@ class WeightEMA:
     def averaged(self) -> Iterator[None]:
         """Within the ``with`` block the model has the averaged parameters; afterwards its own, bit for bit."""
         if self._lent:
-            raise RuntimeError("WeightEMA: the model holds the averages already")
+            raise RuntimeError(f"{self._name}: the model holds the averages already")
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._lent = True
         try:
@@ -93,8 +85,8 @@ class WeightEMA:
                 module.reshard()  # type: ignore[operator]
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by parameter name, the decay, and the number of updates."""
-        return {"decay": self.decay, "updates": self.updates, "averages": dict(self._averages)}
+        """The averages by parameter name, the setting, and the number of updates."""
+        return {**self._setting(), "updates": self.updates, "averages": dict(self._averages)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,11 +99,89 @@ class WeightEMA:
         saved = {name: tuple(t.shape) for name, t in averages.items()}
         differing = sorted(name for name in shapes | saved if shapes.get(name) != saved.get(name))
         check(
-            not differing, "WeightEMA", "averages", differing, "of the same names and shapes as the model's parameters"
+            not differing, self._name, "averages", differing, "of the same names and shapes as the model's parameters"
         )
+        for name in self._setting():
+            check(name in state_dict, self._name, "the state", sorted(state_dict), f"one with {name!r}")
         for name, average in self._averages.items():
             copy(average, averages[name])
-        self.decay, self.updates = state_dict["decay"], state_dict["updates"]
+        for name in self._setting():
+            setattr(self, name, state_dict[name])
+        self.updates = state_dict["updates"]
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+
+class WeightEMA(WeightAverage):
+    r"""An exponential moving average: :math:`c_t = 1 - \min(d, (1 + t) / (10 + t))`.
+
+    The first averages forget the initial weights quickly.
+
+    Args:
+        model: the model in training; its parameters, also DTensors, are read at each :meth:`update`.
+        decay: the limit :math:`d`, in [0, 1).
+
+    Raises:
+        ValueError: *decay* is out of its range.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> ema = WeightEMA(model)
+    >>> _ = model.weight.data.add_(1.0)
+    >>> ema.update()  # the first decay is 1/10
+    >>> with ema.averaged():
+    ...     lent = model.weight.item()
+    >>> round(model.weight.item() - lent, 3)
+    0.1
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+        check(0 <= decay < 1, "WeightEMA", "decay", decay, "in [0, 1)")
+        self.decay = decay
+        super().__init__(model)
+
+    def _weight(self) -> float:
+        return 1 - ema_decay(self.updates, self.decay)
+
+    def _setting(self) -> dict[str, float]:
+        return {"decay": self.decay}
+
+
+class PolynomialAverage(WeightAverage):
+    r"""An average over all of training in which later weights count more: :math:`c_t = (1 + \gamma) / (t + 1 + \gamma)`.
+
+    With :math:`\gamma = 0` it is the plain mean of the weights seen at the updates; with :math:`\gamma = 8` they are on average
+    a tenth of all steps old, however many there are. For constant step sizes and for
+    :class:`~conjugo.optim.AdaGradNorm`, which has no schedule. (Shamir & Zhang 2013, section 4.)
+
+    Args:
+        model: the model in training; its parameters, also DTensors, are read at each :meth:`update`.
+        gamma: :math:`\gamma \geq 0`.
+
+    Raises:
+        ValueError: *gamma* is out of its range.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> average = PolynomialAverage(model, gamma=0.0)
+    >>> for value in (1.0, 2.0, 6.0):
+    ...     _ = model.weight.data.fill_(value)
+    ...     average.update()
+    >>> with average.averaged():
+    ...     round(model.weight.item(), 4)
+    3.0
+    """
+
+    def __init__(self, model: nn.Module, gamma: float = 8.0) -> None:
+        check(0 <= gamma < math.inf, "PolynomialAverage", "gamma", gamma, "in [0, inf)")
+        self.gamma = gamma
+        super().__init__(model)
+
+    def _weight(self) -> float:
+        return (1 + self.gamma) / (self.updates + 1 + self.gamma)
+
+    def _setting(self) -> dict[str, float]:
+        return {"gamma": self.gamma}
 
 
 def ema_decay(t: int, decay: float) -> float:
