@@ -51,7 +51,7 @@ def test_norms_are_the_quotient_of_lars():
 @LISTS
 def test_coordinates_without_gradient_do_not_count(lists):
     w, g = powers(zero=True)
-    parts = Summary("median").parts([Quotient(g.flatten(), w.flatten())], None, lists=lists)
+    parts = Summary("median").parts([[Quotient(g.flatten(), w.flatten())]], None, lists=lists)
     assert parts[:, 0].tolist() == [2.0**-4, 9]
     assert layer_curvature([g], [w]).item() == pytest.approx(2.0**-4, rel=1e-7)
 
@@ -131,7 +131,7 @@ def test_elements_of_sorted_lists(lists, position):
     """All layers at once, some of them empty, give what NumPy gives for each."""
     rng = np.random.default_rng(3)
     layers = [rng.normal(size=n) * (rng.random(n) < 0.7) for n in (50, 0, 1, 333, 8, 0)]
-    quotients = [Quotient(torch.tensor(x), None) for x in layers]
+    quotients = [[Quotient(torch.tensor(x), None)] for x in layers]
     element, count = Summary("quantile", position).parts(quotients, None, lists=lists)
     assert count.tolist() == [np.count_nonzero(x) for x in layers]
     for value, x in zip(element.tolist(), layers):

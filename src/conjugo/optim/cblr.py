@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from conjugo._space import is_dtensor, to_local
-from conjugo._tensors import Array, namespace
+from conjugo._tensors import CHUNK, Array, namespace
 from conjugo.errors import check
 from conjugo.optim._base import Group, as_real, check_lr, copy, evaluate, state_dtype, zeros_for
 from conjugo.optim._scoped import ScopedOptimizer
@@ -272,33 +272,36 @@ class CBLR(ScopedOptimizer):
             return None
         if self.estimator == "ratio" and self.summary.statistic == "norm":
             return torch.stack([squares, torch.as_tensor(self._updates.squares([(0.0, 1.0)] * len(squares)))])
-        found = self.summary.parts(self._quotients(products), self._space, lists=self._as_lists)
+        layers = [self._quotients(i, products) for i in self._layers]
+        found = self.summary.parts(layers, self._space, lists=self._as_lists)
         if len(self._layers) == len(squares):
             return found
         rows = squares.new_zeros(len(found), len(squares))
         return rows.index_copy_(1, self._layer_index, found.to(rows.dtype))
 
-    def _quotients(self, products: list[Tensor] | None) -> list[Quotient]:
-        """What the estimator measures, of the parameters that are not exempt. products: H v, with Hutchinson's."""
-        limit = self.sample if self.summary.position is not None else None
-        found = []
-        for i in self._layers:
-            (w, g, state), dtype = self._piece(i), state_dtype(self._active[i])
-            if self.estimator == "ratio":
-                (numerator, denominator), weight = samples([g, w], limit, dtype)
-                found.append(Quotient(numerator, denominator, DELTA, weight))
-            elif self.estimator == "secant":
-                vectors = [g, state["grad_prev"], w, state["weight_prev"]]
-                (g, g_prev, w, w_prev), weight = samples(vectors, limit, dtype)
-                found.append(Quotient(g - g_prev, w - w_prev, weight=weight))
-            elif self.estimator == "fisher":
-                (g, average), weight = samples([g, state["exp_avg_sq"]], limit, dtype)
-                found.append(Quotient(average.lerp(g.square(), 1 - self.ema), None, weight=weight))
-            else:
-                assert products is not None
-                (product,), weight = samples([products[i]], limit, dtype)
-                found.append(Quotient(product, None, weight=weight))
-        return found
+    def _quotients(self, i: int, products: list[Tensor] | None) -> Iterator[Quotient]:
+        """What the estimator measures of parameter *i*; on a CPU in pieces that fit its cache, unless they are to be sorted.
+
+        products: H v of each parameter, with Hutchinson's.
+        """
+        w, g, state = self._piece(i)
+        quotient: Callable[..., Quotient]
+        if self.estimator == "ratio":
+            vectors, quotient = [g, w], lambda g, w: Quotient(g, w, DELTA)
+        elif self.estimator == "secant":
+            vectors = [g, state["grad_prev"], w, state["weight_prev"]]
+            quotient = lambda g, g_prev, w, w_prev: Quotient(g - g_prev, w - w_prev)  # noqa: E731
+        elif self.estimator == "fisher":
+            vectors = [g, state["exp_avg_sq"]]
+            quotient = lambda g, mean: Quotient(mean.lerp(g.square(), 1 - self.ema), None)  # noqa: E731
+        else:
+            assert products is not None
+            vectors, quotient = [products[i]], lambda product: Quotient(product, None)
+        sorts = self.summary.position is not None
+        taken, weight = samples(vectors, self.sample if sorts else None, state_dtype(w))
+        whole = sorts or w.device.type != "cpu"
+        for pieces in [taken] if whole else zip(*(torch.split(t, CHUNK) for t in taken), strict=True):
+            yield quotient(*pieces)._replace(weight=weight)
 
     def _piece(self, i: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What this rank has of the parameter and its gradient, real, and its state."""

@@ -108,31 +108,39 @@ class Summary:
         """Of the element of the sorted coordinates that is wanted; None: the statistic does not sort."""
         return 0.5 if self.statistic == "median" else self.quantile
 
-    def parts(self, quotients: Sequence[Quotient], space: ParamSpace | None, *, lists: bool) -> Tensor:
+    def parts(self, layers: Sequence[Iterable[Quotient]], space: ParamSpace | None, *, lists: bool) -> Tensor:
         """What this rank contributes to the sum over *space*: float64 [rows, n].
 
-        lists: all layers at once, without the host having to wait for the device; else one after the other.
+        layers: each in pieces, one after the other; in a single one for a statistic that sorts. lists: all layers at once,
+        without the host having to wait for the device.
         """
         if self.position is not None:
+            quotients = [quotient for (quotient,) in layers]
             if space is not None and space.sharded:
                 return _histograms(quotients)
             return _elements_of_all(quotients, self.position) if lists else _elements(quotients, self.position)
-        wide = wide_dtype(quotients[0].numerator.device)
-        if self.statistic == "norm":
-            return torch.stack([torch.stack([dot(q.numerator, q.numerator), _square(q)]) for q in quotients], 1).to(
-                wide
-            )
-        found = [q.sizes() for q in quotients]
-        if self.statistic == "mean":
-            columns = [torch.stack([torch.where(c, k, 0.0).sum(dtype=wide), c.sum(dtype=wide)]) for k, c in found]
-            return torch.stack(columns, 1)
-        largest = torch.stack([torch.where(c, k, 0.0).max() if len(k) else k.new_zeros(()) for k, c in found]).to(wide)
+        columns = [torch.stack([self._part(quotient) for quotient in layer]) for layer in layers]
+        if self.statistic != "max":
+            return torch.stack([column.sum(0) for column in columns], 1)
+        largest = torch.stack([column.amax(0) for column in columns], 1)
         if space is None or not space.sharded:
-            return largest[None]
+            return largest
         # A sum of which every rank fills its own row.
-        rows = largest.new_zeros(space.world_size, len(largest))
-        rows[space.rank] = largest
+        rows = largest.new_zeros(space.world_size, len(layers))
+        rows[space.rank] = largest[0]
         return rows
+
+    def _part(self, q: Quotient) -> Tensor:
+        """Of a piece of a layer: what is added up over the pieces, or compared; float64 [rows]."""
+        wide = wide_dtype(q.numerator.device)
+        if self.statistic == "norm":
+            n = q.numerator.new_full((), q.numerator.numel(), dtype=wide)
+            return torch.stack([dot(v, v) if v is not None else n for v in q[:2]])
+        sizes, counts = q.sizes()
+        sizes = torch.where(counts, sizes, 0.0)
+        if self.statistic == "mean":
+            return torch.stack([sizes.sum(dtype=wide), counts.sum(dtype=wide)])
+        return (sizes.max() if len(sizes) else sizes.sum()).to(wide)[None]
 
     def value(self, parts: Tensor, sizes: Sequence[int]) -> Tensor:
         """The curvature of each layer, [n]; NaN where there is none. parts: summed over the ranks; sizes: of the layers."""
@@ -149,12 +157,6 @@ class Summary:
             return _of_histograms(parts, self.position)
         value, count = parts
         return torch.where(count >= FEWEST, value, math.nan)
-
-
-def _square(q: Quotient) -> Tensor:
-    if q.denominator is None:
-        return q.numerator.new_full((), q.numerator.numel(), dtype=wide_dtype(q.numerator.device))
-    return dot(q.denominator, q.denominator)
 
 
 # ---- elements of sorted lists ----
@@ -317,12 +319,12 @@ def layer_curvature(
     if any(is_dtensor(p) for p in params):
         space = ParamSpace(params, group=process_group, owner="layer_curvature")
     limit = sample if summary.position is not None else None
-    quotients = []
+    layers = []
     for g, p in zip(grads, params):
         dtype = state_dtype(p)
         (numerator, denominator), weight = samples([as_real(to_local(t.detach())) for t in (g, p)], limit, dtype)
-        quotients.append(Quotient(numerator, denominator, delta, weight))
-    parts = summary.parts(quotients, space, lists=params[0].device.type != "cpu")
+        layers.append([Quotient(numerator, denominator, delta, weight)])
+    parts = summary.parts(layers, space, lists=params[0].device.type != "cpu")
     return summary.value(parts if space is None else space.reduce(parts), [p.numel() for p in params])
 
 
