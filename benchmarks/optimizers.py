@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks._timing import interleave, ratio, show
-from conjugo.optim import FRSGD, LAMB, LARS, NLCG, AdaGradNorm
+from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
 from conjugo.training import models
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -27,6 +27,9 @@ OURS: dict[str, tuple[Factory, str]] = {
     "AdaGradNorm, distance": (lambda p: AdaGradNorm(p, distance=True), "SGD, foreach"),
     "LARS": (lambda p: LARS(p, lr=1e-3), "LARS of pytorch_optimizer"),
     "LAMB": (lambda p: LAMB(p, lr=1e-3), "LAMB of pytorch_optimizer"),
+    "MCLR": (lambda p: MCLR(p, lr=1e-3), "SGD momentum, fused"),
+    "CBLR": (lambda p: CBLR(p, lr=1e-3), "SGD momentum, fused"),
+    "CBLR, secant": (lambda p: CBLR(p, lr=1e-3, estimator="secant"), "SGD momentum, fused"),
 }
 PEERS: dict[str, Factory] = {
     "SGD, foreach": lambda p: torch.optim.SGD(p, lr=1e-3, foreach=True),
