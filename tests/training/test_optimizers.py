@@ -25,6 +25,8 @@ def test_the_names():
         "sgd",
         "momentum",
         "nesterov",
+        "frsgd",
+        "adagrad-norm",
         "adamw",
         "rmsprop",
         "lars",
@@ -58,8 +60,12 @@ def test_what_is_tuned_exists_and_both_ends_are_valid(name):
     if item.second is not None:
         assert not item.second.log or item.second.low > 0
         for value in (item.second.low, item.second.high):
-            group = build(name, [parameter()], **{item.second.name: value}).param_groups[0]
-            assert group["betas"][0] == value if item.second.name == "beta1" else group[item.second.name] == value
+            optimizer = build(name, [parameter()], **{item.second.name: value})
+            group = optimizer.param_groups[0]
+            known = {**group, "beta1": group.get("betas", [None])[0]}
+            if name == "adagrad-norm":
+                known["first_step"] = optimizer.rule.first_step
+            assert known[item.second.name] == value
 
 
 def test_the_default_learning_rate_is_that_of_the_catalogue():

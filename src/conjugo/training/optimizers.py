@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from conjugo._space import is_dtensor
 from conjugo.errors import unknown
-from conjugo.optim import CBLR, LAMB, LARS, MCLR, NLCG
+from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
 
 __all__ = ["Entry", "Tunable", "build", "entry", "names"]
 
@@ -56,6 +56,7 @@ class Entry:
 _MOMENTUM = Tunable("momentum", 0.7, 0.99, log=False, complement=True)
 _BETA1 = Tunable("beta1", 0.7, 0.99, log=False, complement=True)
 _BETA_MAX = Tunable("beta_max", 0.8, 1.0, log=False, closed=True)
+_FIRST_STEP = Tunable("first_step", 0.01, 1.0, log=True)
 
 
 def _nlcg(name: str, **options: Any) -> Entry:
@@ -85,6 +86,15 @@ _ENTRIES = (
         lr_range=(0.01, 10.0),
         second=_MOMENTUM,
         options={"momentum": 0.9, "nesterov": True},
+    ),
+    Entry(name="frsgd", factory=FRSGD, lr=0.1, lr_range=(0.01, 10.0), second=_BETA_MAX),
+    Entry(
+        name="adagrad-norm",
+        factory=AdaGradNorm,
+        lr=30.0,
+        lr_range=(1.0, 1000.0),
+        second=_FIRST_STEP,
+        options={"momentum": 0.9},
     ),
     Entry(name="adamw", factory=AdamW, lr=1e-3, lr_range=(3e-4, 0.3), second=_BETA1),
     # The baseline of Adya, Palakkode & Tuzel 2018: with an epsilon of 1 it is practically SGD with momentum.
