@@ -107,10 +107,13 @@ def test_rosenbrock():
     np.testing.assert_allclose(gradients, [rosen_der(x) for x in point], rtol=1e-12)
 
 
-def test_counts_are_near_those_of_the_specification():
+def test_counts_are_at_most_those_expected():
     counts = tabular_problems.count("logistic", Settings())
     for method, expected in EXPECTED["logistic"].items():
-        assert counts[method] == pytest.approx(expected, rel=0.25), method
+        if method in tabular_cg.CONJUGATE:
+            assert 10 < counts[method] < 1.25 * expected, method
+        else:
+            assert counts[method] == pytest.approx(expected, rel=0.1), method
 
 
 def test_figures_of_decisions():
