@@ -1,5 +1,6 @@
 """CBLR and MCLR against known quadratics, LARS, and a plain NumPy twin."""
 
+import copy
 import math
 
 import numpy as np
@@ -106,6 +107,16 @@ def test_hutchinson_measures_every_so_many_steps():
             step(optimizer, *(t * 7.0 * p.detach() for p in problem.params))  # which no curvature is taken from
         assert optimizer.last["curvature"].tolist() == pytest.approx(problem.CURVATURES)
     assert asked == [True, False, False, True, False, False, True]
+
+
+def test_parameters_without_gradient_need_no_graph():
+    problem = Quadratic()
+    optimizer = CBLR([nn.Parameter(torch.ones(3, 3)), *problem.params], estimator="hutchinson")
+    optimizer.step(problem.closure)
+    assert not optimizer.needs_graph
+    twin = copy.deepcopy(optimizer)
+    assert twin.last == {}
+    assert twin.needs_graph  # which parameters take part is not known before its first step
     assert not CBLR(problem.params).needs_graph
 
 

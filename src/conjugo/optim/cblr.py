@@ -162,7 +162,6 @@ class CBLR(ScopedOptimizer):
         self.ema = ema
         self.every = every
         self.exempt = exempt
-        self._last: dict[str, Tensor] = {}
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -198,6 +197,10 @@ class CBLR(ScopedOptimizer):
         vectors = {name: zeros_for(p) for name in (BUFFER, *_VECTORS[self.estimator])}
         return vectors | {"scalars": self._fresh_scalars(p)}
 
+    def _state_replaced(self) -> None:
+        super()._state_replaced()
+        self._last: dict[str, Tensor] = {}
+
     # For the user ----------------------------------------------------------------------------------------------------
 
     @property
@@ -205,7 +208,7 @@ class CBLR(ScopedOptimizer):
         """Of the last step, on the device, one for each parameter that had a gradient, in their order, float64 [n]:
 
         ``rates``: :math:`\\lambda`, 0 if the step was skipped; ``curvature``: :math:`\\kappa`, NaN where there is none,
-        and for exempt parameters. Empty before the first step.
+        and for exempt parameters. Empty before the first step, and after loading.
         """
         return dict(self._last)
 
@@ -216,7 +219,10 @@ class CBLR(ScopedOptimizer):
         Its gradients must then have a graph: ``backward(create_graph=True)``. Waits for the device. False with all other
         estimators.
         """
-        return self.estimator == "hutchinson" and self._due(self._table[:, 0])
+        if self.estimator != "hutchinson":
+            return False
+        # Parameters that take no part take no steps: as far as it is known which these are, they do not count.
+        return self._due(self._columns()[0] if self._active else self._table[:, 0])
 
     def _due(self, steps: Array) -> bool:
         """Whether one of the layers, which have taken so many *steps*, is to be measured in the next one."""
