@@ -67,6 +67,11 @@ def test_a_misspelt_command_or_option_suggests_the_nearest(capsys):
         (["compare", "--jobs", "0"], 2, "--jobs must be >= 1"),
         (["compare", "--resume"], 2, "--out"),
         (["compare", "--train.seed", "3"], 2, "train.seed must be 0: the comparison sets it"),
+        (
+            ["compare", "--train.batch-schedule", "2", "64"],
+            2,
+            "train.batch_schedule must be (): the comparison sets it",
+        ),
         (["report", "nowhere"], 2, "nowhere"),
         (["report"], 2, "at least one"),
         (["data", "info", "cifar11"], 2, "did you mean 'cifar10'"),

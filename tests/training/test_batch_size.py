@@ -95,6 +95,15 @@ def test_an_optimizer_that_can_restart_is_told_when_the_batch_changes():
     assert told == [(4, 30), (10, 96), (12, 48)]
 
 
+def test_conjugate_gradients_restart_where_the_batch_changes():
+    trainer = Trainer(replace(GROWING, optimizer="frsgd"), table())
+    betas = []
+    for _ in SIZES:
+        trainer.train_step()
+        betas.append(float(trainer.optimizer.last["beta"]))
+    assert [step for step, beta in enumerate(betas) if beta == 0] == [0, 4, 10, 12]
+
+
 def stop_after(monkeypatch, step: int) -> None:
     train_step = Trainer.train_step
 
@@ -106,7 +115,7 @@ def stop_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(Trainer, "train_step", stopped)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "nlcg"])
+@pytest.mark.parametrize("optimizer", ["momentum", "nlcg", "frsgd"])
 @pytest.mark.parametrize("step", [2, 4, 7, 10, 11, 13])  # inside of every segment, and where one ends
 def test_growing_batches_go_on_bit_for_bit(step, optimizer, tmp_path, monkeypatch):
     config = replace(GROWING, optimizer=optimizer, micro_batch=24, evaluations=5, checkpoints=0)

@@ -301,13 +301,21 @@ class CountReads(TorchDispatchMode):
         self.reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-def test_on_a_gpu_no_step_waits_for_the_device(optimizer):
-    trainer = Trainer(replace(PLAIN, optimizer=optimizer, ema=0.9, micro_batch=16), table())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "momentum", "micro_batch": 16},
+        {"optimizer": "adamw", "micro_batch": 16},
+        {"discard_small_loss": 0.4},
+        {"discard_small_loss": 0.4, "discard_forward": "twice", "micro_batch": 16},
+    ],
+)
+def test_on_a_gpu_no_step_waits_for_the_device(settings):
+    trainer = Trainer(replace(PLAIN, ema=0.9, **settings), table())
     trainer.guard.window = 10
     trainer.guard._takes_found_inf = True
     trainer.train_step()

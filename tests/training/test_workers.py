@@ -176,6 +176,14 @@ def test_bfloat16_shards_train_with_batch_norm():
             "shard_workers must be a divisor of 3, the number of workers, got 2",
         ),
         ({"device": "cpu:0"}, "device must be without a number"),
+        (
+            {"batch_schedule": ((1, 2),)},
+            "TrainConfig: batch_schedule must be at least 3, the number of workers, got 2",
+        ),
+        (
+            {"discard_small_loss": 0.9, "discard_forward": "twice"},
+            "discard_small_loss must be so small that of 20 examples each of 3 workers has one, got 0.9",
+        ),
     ],
 )
 def test_what_does_not_go_with_three_workers(settings, message):

@@ -108,6 +108,7 @@ class Trainer:
         accepted = f"at least {self.workers.size}, the number of workers"
         check(len(data.test) >= self.workers.size, "train", "the number of test examples", len(data.test), accepted)
         self.config = config
+        self._parts: dict[int, list[tuple[slice, int]]] = {}
         self._cut(self.batches.batch_at(0))
         whole = self.batches.steps(n, config.epochs) if config.batch_schedule else config.epochs * n / self.batch_size
         self.steps = config.steps or max(1, round(whole))
@@ -181,9 +182,12 @@ class Trainer:
 
     def _parts_of(self, batch_size: int) -> list[tuple[slice, int]]:
         """This worker's micro-batches: rows of a batch, and how many of them count."""
-        rows = torch.arange(batch_size)
-        shares = micro_batches(rows, self.workers.rank, self.workers.size, size=self.config.micro_batch)
-        return [(slice(int(part[0]), int(part[-1]) + 1), count) for part, count in zip(*shares, strict=True)]
+        if batch_size not in self._parts:
+            rows = torch.arange(batch_size)
+            parts, counts = micro_batches(rows, self.workers.rank, self.workers.size, size=self.config.micro_batch)
+            slices = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+            self._parts[batch_size] = list(zip(slices, counts, strict=True))
+        return self._parts[batch_size]
 
     def _look_at_batch_norm(self) -> None:
         """Warn if it is to see much less than a batch."""
@@ -241,7 +245,7 @@ class Trainer:
 
     def _backward(self, batch: Tensor) -> Tensor:
         """The gradient of the mean loss of *batch*, a whole one or a part of it; the losses (0-d) of this worker's share."""
-        parts = self.parts if len(batch) == self.batch_size else self._parts_of(len(batch))
+        parts = self._parts_of(len(batch))
         losses: list[Tensor] = []
         with self.statistics.following(self.step, updates=len(parts)):
             for rows, count in parts:
