@@ -23,6 +23,8 @@ PARABOLA = 0.1
 """How much a function may deviate from a parabola, relative to the descent to its minimum, to be taken for one."""
 SMALLNESS = 3.0
 """If the gradient is more than so many times smaller at the minimum than at the trial, PARABOLA shrinks with the ratio."""
+SMALLEST = 1e-4
+"""Part of <g, P g> at the trial which that at the minimum must exceed: less may be rounding, or the end, and is evaluated."""
 REACH = (0.05, 2.0)
 """Where the minimum of a parabola may lie, in units of the trial step."""
 FEW_TRIALS = 3
@@ -88,7 +90,7 @@ def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algor
         outcome = yield from search(
             base, slope, replace(turn, part=part), lowest=lowest, trials=trials, exact=stale < MOST_STALE
         )
-        if outcome.point is None and part != 1.0 and memory.evaluations < until_evaluation:
+        if outcome.point is None and part != 1.0 and memory.evaluations + 1 < until_evaluation:
             # The interpolated base has misled the search: see what is really there, and begin anew.
             base = yield Request(0.0)
             memory.evaluations += 1
@@ -97,7 +99,7 @@ def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algor
         if outcome.point is None and (turn.beta or turn.gamma) and memory.evaluations < until_evaluation:
             turn, slope = Turn(accept=False), -base.rho
             outcome = yield from search(base, slope, turn, lowest=base.f)
-        if outcome.point is None:
+        if outcome.point is None or (memory.evaluations >= until_evaluation and not outcome.found):
             memory.rho = 0.0
             spent = memory.evaluations >= until_evaluation
             return Ending(Status.MAX_EVAL if spent else Status.NO_PROGRESS, last=False)
@@ -109,16 +111,16 @@ def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algor
         lowest = min(lowest, point.f)
         # After a poor step the next direction is steepest descent.
         memory.rho = base.rho if outcome.found else 0.0
-        memory.step, memory.slope, memory.f_drop, part = outcome.step, slope, base.f - point.f, 1.0
+        memory.step, memory.slope, part = outcome.step, slope, 1.0
         if memory.iterations >= until_iteration:
             # A later run starts from the lowest point: the direction is of use there only if that is this one.
             memory.rho = memory.rho if stale == 0 else 0.0
             break
-        exact = interpolate(base, slope, outcome.step, point, limits.noise) if outcome.found else None
+        exact = interpolate(base, slope, outcome.step, point, limits) if outcome.found else None
         if exact is not None and abs(exact.part - 1.0) > NEGLIGIBLE:
             part, point = exact
-            memory.step, memory.f_drop = part * outcome.step, base.f - point.f
-        if limits.f_tol > 0 and memory.f_drop <= limits.f_tol * max(1.0, abs(point.f)):
+            memory.step = part * outcome.step
+        if limits.f_tol > 0 and base.f - point.f <= limits.f_tol * max(1.0, abs(point.f)):
             return Ending(Status.CONVERGED, last=False)
     return Ending(Status.MAX_ITER, last=False)
 
@@ -135,22 +137,22 @@ def _search(
     trials: int = MOST_TRIALS,
     exact: bool = True,
 ) -> Generator[Request, Point, Outcome]:
-    """Turn, then search along the new direction; in the end the last evaluation is the point of the outcome, if any."""
+    """Turn, then search along the new direction; in the end the last evaluation is the point of the outcome, unless there
+    is none, or no evaluation left."""
 
     def enough(step: float, point: Point) -> bool:
-        parabola = exact and interpolate(base, slope, step, point, limits.noise) is not None
+        parabola = exact and interpolate(base, slope, step, point, limits) is not None
         return parabola or _converged(point, lowest, limits)
 
     search = line_search(
         base.f,
         slope,
-        first_step(memory, base, slope),
+        first_step(memory, slope),
         c1=limits.c1,
         c2=limits.c2,
         noise=limits.noise * abs(base.f),
         lowest=lowest,
-        # One evaluation is left to go back to the best point.
-        trials=max(1, min(trials, until - memory.evaluations - 1)),
+        trials=min(trials, until - memory.evaluations),
         enough=enough,
     )
     request = Request(next(search), turn)
@@ -162,7 +164,8 @@ def _search(
         except StopIteration as end:
             outcome: Outcome = end.value
             break
-    if outcome.point is not None and outcome.step != request.step:  # the best point is not the last one: go back to it
+    # The best point is not the last one: go back to it.
+    if outcome.point is not None and outcome.step != request.step and memory.evaluations < until:
         yield Request(outcome.step)
         memory.evaluations += 1
     return outcome
@@ -180,7 +183,7 @@ class Exact(NamedTuple):
     point: Point
 
 
-def interpolate(base: Point, slope: float, step: float, trial: Point, noise: float) -> Exact | None:
+def interpolate(base: Point, slope: float, step: float, trial: Point, limits: Limits) -> Exact | None:
     """The minimum of the parabola through *base* and *trial*, or None where the function is not like one.
 
     Taken is a gradient that is linear along the line: then its inner products with fixed vectors are linear, and <g, P g> is
@@ -195,10 +198,12 @@ def interpolate(base: Point, slope: float, step: float, trial: Point, noise: flo
     if not REACH[0] < b < REACH[1]:
         return None
     rho = a * a * base.rho + 2 * a * b * trial.cross + b * b * trial.rho
-    tolerance = PARABOLA * min(1.0, SMALLNESS * math.sqrt(max(rho, 0.0) / trial.rho))
+    if not rho > max(SMALLEST * trial.rho, limits.gtol**2):
+        return None
+    tolerance = PARABOLA * min(1.0, SMALLNESS * math.sqrt(rho / trial.rho))
     descent = -0.5 * b * step * slope
     deviation = abs(trial.f - base.f - 0.5 * step * (slope + trial.slope))
-    if deviation * max(1.0, b) ** 3 > tolerance * descent + noise * abs(trial.f):
+    if deviation * max(1.0, b) ** 3 > tolerance * descent + limits.noise * abs(trial.f):
         return None
     return Exact(
         b,
@@ -255,14 +260,13 @@ def direction(member: Member, memory: Memory, point: Point, size: int) -> tuple[
     return Turn(), -point.rho
 
 
-def first_step(memory: Memory, point: Point, slope: float) -> float:
-    """The first trial of a line search.
+def first_step(memory: Memory, slope: float) -> float:
+    """The first trial of a line search along a direction of this slope.
 
-    Later ones expect the gain of the last iteration again (Nocedal & Wright 2006, equation 3.60), at most ten times what an
-    equal first-order change would give. The very first moves by at most 1.
+    Expected is the first-order change of the last step again (Nocedal & Wright 2006, section 3.5), with a step between half
+    and twice the last one: near a minimum the first-order change falls much faster than the steps do. The very first trial
+    moves by at most 1.
     """
     if not memory.step:
         return min(1.0, 1.0 / math.sqrt(-slope))
-    equal = memory.step * memory.slope / slope
-    step = -1.01 * 2 * memory.f_drop / slope
-    return min(step, 10 * equal) if step > 0 else equal
+    return min(max(memory.step * memory.slope / slope, 0.5 * memory.step), 2 * memory.step)

@@ -129,6 +129,19 @@ class Driver:
         kept = (-by_g[rows.p_kept], by_z[rows.y_kept]) if self.options.beale else ()
         return Point(f, -by_g[rows.p], by_z[last], by_z[self.base], size, dd, *kept)
 
+    def settle(self) -> None:
+        """Move everything to the rows where it was in the beginning; x becomes the base, the gradient at the old base stays.
+
+        Rounding of a product with the table depends on the order of its rows, so that only then two drivers that hold the same
+        go on alike.
+        """
+        self.points[0].copy_(self.x)
+        rows = self.rows[: 1 + self.options.beale]  # the third one never moves
+        self.table[list(range(3, 3 + len(rows)))] = self.table[list(rows)]
+        self.table[0].copy_(self.table[self.base])
+        self.base = self.last = self.best = 0
+        self.rows = Rows()
+
     @staticmethod
     def _free(*used: int) -> int:
         """A slot that is not in use."""

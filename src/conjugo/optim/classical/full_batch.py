@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -20,8 +21,8 @@ from conjugo.optim.classical.protocol import MESSAGES, Memory, Status
 
 __all__ = ["FullBatchCG"]
 
-NAMES = {"p": "direction", "p_kept": "direction_kept", "y_kept": "grad_change_kept"}
-"""State by row of the driver's table; a fourth vector is the gradient where the last line started."""
+NAMES = ("direction", "direction_kept", "grad_change_kept")
+"""State in the order of the driver's rows; beside these there is the gradient where the last line started."""
 
 
 class FullBatchCG(Optimizer):
@@ -91,6 +92,8 @@ class FullBatchCG(Optimizer):
     # Hooks -----------------------------------------------------------------------------------------------------------
 
     def _check_group(self, group: Group) -> None:
+        for name in ("tolerance_grad", "tolerance_change"):
+            check(0 <= group[name] < math.inf, self._name, name, group[name], "in [0, inf)")
         self._options(group)
         first = self.param_groups[0]
         for name in self.defaults:
@@ -120,7 +123,7 @@ class FullBatchCG(Optimizer):
         )
 
     def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
-        names = ["grad_prev", *NAMES.values()][: self._options(group).vectors - 2]
+        names = ["grad_prev", *NAMES][: self._options(group).vectors - 2]
         memory = torch.tensor(Memory().numbers(), dtype=wide_dtype(p.device), device=p.device)
         return {name: zeros_for(p) for name in names} | {"memory": memory}
 
@@ -131,27 +134,20 @@ class FullBatchCG(Optimizer):
         self._sizes = [real.numel() for real in self._real]
         points = self._real[0].new_empty(3, sum(self._sizes))
         self._driver = Driver(self._options(self.param_groups[0]), points, self._evaluate)
-        for name, flat in self._vectors().items():
-            torch._foreach_copy_(self._views(flat), [self.state[p][name] for p in self._params])
-        self._show_vectors()
+        rows = {"grad_prev": self._driver.base} | dict(zip(NAMES, self._driver.rows, strict=True))
+        for name, row in rows.items():
+            if row < len(self._driver.table):
+                views = self._views(self._driver.table[row])
+                torch._foreach_copy_(views, [self.state[p][name] for p in self._params])
+                for p, view in zip(self._params, views, strict=True):
+                    self.state[p][name] = view
         memories = [self.state[p]["memory"] for p in self._params]
         if any(not torch.equal(memory, memories[0]) for memory in memories):
             torch._foreach_zero_(memories)  # a parameter has joined, and has no direction: all begin anew
 
-    def _vectors(self) -> dict[str, Tensor]:
-        """What is kept between steps, by its name in the state."""
-        driver = self._driver
-        rows = {"grad_prev": driver.base} | {name: getattr(driver.rows, role) for role, name in NAMES.items()}
-        return {name: driver.table[row] for name, row in rows.items() if row < len(driver.table)}
-
     def _views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat vector, in the shapes of the parameters."""
         return [part.view(real.shape) for part, real in zip(torch.split(flat, self._sizes), self._real, strict=True)]
-
-    def _show_vectors(self) -> None:
-        for name, flat in self._vectors().items():
-            for p, view in zip(self._params, self._views(flat), strict=True):
-                self.state[p][name] = view
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -172,18 +168,22 @@ class FullBatchCG(Optimizer):
         self._losses: list[Any] = []
         try:
             status = driver.run(memory)
+            grad_max = torch.linalg.vector_norm(driver.gradient, torch.inf).item()
+        except BaseException:
+            memory.rho = 0.0  # the next step begins anew
+            raise
         finally:
-            torch._foreach_copy_(self._real, self._views(driver.x))
             del self._closure
-        self._show_vectors()
-        torch._foreach_copy_(memories, [memories[0].new_tensor(memory.numbers())] * len(memories))
+            driver.settle()
+            torch._foreach_copy_(self._real, self._views(driver.x))
+            torch._foreach_copy_(memories, [memories[0].new_tensor(memory.numbers())] * len(memories))
         self.last = {
             "status": status.name,
             "message": MESSAGES[status],
             "iterations": memory.iterations - before.iterations,
             "evaluations": memory.evaluations - before.evaluations,
             "loss": driver.f,
-            "grad_max": torch.linalg.vector_norm(driver.gradient, torch.inf).item(),
+            "grad_max": grad_max,
         }
         if status == Status.INTERRUPTED:
             raise KeyboardInterrupt

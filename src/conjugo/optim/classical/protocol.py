@@ -115,7 +115,7 @@ class Limits:
 class Memory:
     """What goes from one iteration to the next, besides vectors: numbers only, so that it can be stored.
 
-    step, slope, rho: of the last line search, <g, d> and <g, P g> where it started. f_drop: what it gained.
+    step, slope, rho: of the last line search; <g, d> and <g, P g> where it started.
     """
 
     iterations: int = 0
@@ -124,7 +124,6 @@ class Memory:
     step: float = 0.0
     slope: float = 0.0
     rho: float = 0.0  # 0: there is no last direction, or it is of no use any more
-    f_drop: float = 0.0
     restart_dy: float = 0.0  # <d_r, y_r>; 0: nothing is kept
     dd: float = 0.0  # <d, d>, for the scaled method
     damping: float = 0.0  # lambda of the scaled method

@@ -10,7 +10,8 @@ from conjugo.optim.classical.protocol import Algorithm, Ending, Limits, Memory, 
 
 __all__ = ["scaled_conjugate_gradients"]
 
-FIRST_DAMPING = 5e-7
+FIRST_DAMPING = 1e-9
+"""Møller allows up to 1e-6; less keeps conjugacy, so that a quadratic in n variables takes n steps."""
 LEAST_DAMPING, MOST_DAMPING = 1e-30, 1e40
 MOST_TRIALS = 60
 """Steps in a row that do not lower f, before the method gives up."""
@@ -45,9 +46,9 @@ def scaled_conjugate_gradients(memory: Memory, limits: Limits, *, sigma: float, 
             memory.rho = 0.0  # the direction belongs to a step that was not taken
             return Ending(Status.MAX_EVAL if spent else Status.NO_PROGRESS, last=False)
         memory.iterations += 1
-        memory.slope, memory.rho, memory.dd, memory.f_drop = slope, point.rho, dd, point.f - trial.f
+        memory.slope, memory.rho, memory.dd, drop = slope, point.rho, dd, point.f - trial.f
         point = trial
-        if point.size <= limits.gtol or (limits.f_tol > 0 and memory.f_drop <= limits.f_tol * max(1.0, abs(point.f))):
+        if point.size <= limits.gtol or (limits.f_tol > 0 and drop <= limits.f_tol * max(1.0, abs(point.f))):
             status = Status.CONVERGED
     return Ending(status, last=True)
 
