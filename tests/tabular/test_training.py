@@ -77,3 +77,15 @@ def test_steps_into_the_infinite_are_shortened_without_a_warning():
 
     (one,) = train(cliff, np.array([[2.0, -2.0]]), method="powell-beale", max_iter=100, tol=1e-8)
     assert one.converged
+
+
+def test_an_interrupted_training_gives_no_model():
+    calls = iter(range(3))
+
+    def interrupted(parameters):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return valleys(parameters)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, np.array([[3.0, 1.0]]), method="fr", max_iter=100, tol=1e-12)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from conjugo.optim.classical import METHODS, minimize_batch
+from conjugo.optim.classical.protocol import Status
 from conjugo.tabular.activations import FloatArray
 
 if TYPE_CHECKING:
@@ -82,10 +83,14 @@ def train(
     objective: from parameters [S', n] to values [S'] and gradients [S', n], row by row. method: one of METHODS. tol: a start
     is done when no component of the gradient is larger in size. validation: held-out loss of parameters [n], for early
     stopping.
+
+    Raises KeyboardInterrupt if it was interrupted.
     """
     stopping = None if validation is None else EarlyStopping(validation, patience, starts)
     with np.errstate(over="ignore", invalid="ignore"):  # of steps that are too long, which the search then shortens
         result = minimize_batch(objective, starts, method=method, gtol=tol, max_iter=max_iter, callback=stopping)
+    if (result.status == Status.INTERRUPTED).any():
+        raise KeyboardInterrupt  # a model that is not trained must not look like one, nor a search over models go on
     parameters, losses, gradients = result.x, result.fun, result.jac
     if stopping is not None:
         parameters = stopping.parameters
