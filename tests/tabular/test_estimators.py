@@ -271,7 +271,7 @@ def test_bad_data_is_named(model):
         model.fit(X, targets)
     huge = X.copy()
     huge[:, 4] *= 1e300
-    with pytest.raises(ValueError, match=r"X, column \[4\] must be of a finite variance"):
+    with pytest.raises(ValueError, match="X, column 4 must be of a finite variance"):
         model.fit(huge, Y)
     for weights, message in [
         (np.ones(3), "shape of sample_weight must be"),

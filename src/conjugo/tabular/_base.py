@@ -178,9 +178,9 @@ class TabularCG(BaseEstimator):  # type: ignore[misc]
         return lambda parameters: float(loss(network.scores(parameters, inputs).T[None])[0])
 
     def _check_scale(self, standardizer: Standardizer) -> None:
-        bad = np.flatnonzero(~np.isfinite(standardizer.scale))
-        names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
-        check(len(bad) == 0, self._owner, f"X, column {names[bad[:1]]}", math.inf, "of a finite variance")
+        names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_)).tolist()
+        for name, scale in zip(names, standardizer.scale.tolist()):
+            check(math.isfinite(scale), self._owner, f"X, column {name!r}", scale, "of a finite variance")
 
     def _advice(self, trained: Trained) -> str:
         remedy = (
