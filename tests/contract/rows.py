@@ -229,9 +229,19 @@ def _nlcg(name: str, vectors: int, *, lr: float = 0.5, exempt: Mapping[str, str]
     )
 
 
-def _cblr(name: str, vectors: int, *, lr: float = 1.0, **given: Any) -> Row:
-    own = {key: given.pop(key) for key in ("needs_graph", "exempt") if key in given}
-    return Row(name=name, factory=CBLR, lr=lr, vectors=vectors, options=given, implementations=_ON_HOST, **own)
+def _cblr(
+    name: str, vectors: int, *, needs_graph: bool = False, exempt: Mapping[str, str] | None = None, **options: Any
+) -> Row:
+    return Row(
+        name=f"CBLR {name}",
+        factory=CBLR,
+        lr=1.0,
+        vectors=vectors,
+        options=options,
+        needs_graph=needs_graph,
+        implementations=_ON_HOST,
+        exempt=exempt or {},
+    )
 
 
 ROWS = (
@@ -275,11 +285,11 @@ ROWS = (
         implementations=_ON_HOST,
         errors=_ESTIMATORS + tuple((bad, message.format("CBLR")) for bad, message in _CBLR),
     ),
-    _cblr("CBLR secant", 3, estimator="secant", weight_decay=1e-4, nesterov=True),
-    _cblr("CBLR secant median", 3, estimator="secant", statistic="median"),
-    _cblr("CBLR fisher", 2, estimator="fisher", statistic="mean"),
+    _cblr("secant", 3, estimator="secant", weight_decay=1e-4, nesterov=True),
+    _cblr("secant median", 3, estimator="secant", statistic="median"),
+    _cblr("fisher", 2, estimator="fisher", statistic="mean"),
     _cblr(
-        "CBLR hutchinson",
+        "hutchinson",
         1,
         estimator="hutchinson",
         every=2,

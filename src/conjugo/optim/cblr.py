@@ -95,7 +95,7 @@ class CBLR(ScopedOptimizer):
         foreach: update lists of tensors at once; by default on accelerators.
         fused: use the compiled CPU kernels; by default where they fit (dense float32 or float64 parameters on a CPU).
         process_group: where parameters are DTensors, the ranks that hold them; None: all. A step then needs one
-            all-reduce. Norms are exact; medians and quantiles are off by less than 1 % besides the error of the sample.
+            all-reduce. Norms are exact; of medians and quantiles see :func:`layer_curvature`.
 
     State: ``momentum_buffer``, with ``"secant"`` also ``grad_prev`` and ``weight_prev``, with ``"fisher"`` ``exp_avg_sq``,
     vectors in float32 for bfloat16 and float16 parameters; ``scalars`` (curvature, steps, skipped steps), float64.

@@ -290,8 +290,9 @@ def layer_curvature(
         sample: the number of evenly spaced coordinates of a layer (or of a rank's piece) among which a median or
             quantile is taken, >= 8; None: all. The relative error is about ``1.6 / sqrt(sample)``.
         delta: :math:`\delta \geq 0`, without effect on ``norm``.
-        process_group: the ranks that hold DTensors; None: all. Medians and quantiles come from histograms then, with an
-            error below 1 % besides that of the sample.
+        process_group: the ranks that hold DTensors; None: all. Medians and quantiles of what is sharded come from
+            histograms, with an error below 1 % for layers of 2,000 coordinates or more (3 % for 500), besides that of the
+            sample.
 
     Returns:
         Tensor: [number of layers], float64, on the device of *params*; in the unit of the loss over the square of that of
