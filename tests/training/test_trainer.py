@@ -478,3 +478,11 @@ def test_bad_input_that_only_the_run_can_see(tmp_path):
 def test_devices_that_are_not_there(name):
     with pytest.raises(ValueError, match=f"TrainConfig: device must be 'auto', or a device .*, got '{name}'"):
         choose_device(name)
+
+
+@pytest.mark.parametrize("optimizer", ["frsgd", "nlcg", "adagrad-norm"])
+def test_a_number_for_each_tensor_is_shown_as_their_mean(optimizer):
+    config = TrainConfig(
+        data="wine", optimizer=optimizer, optimizer_options={"scope": "tensor"}, batch_size=64, steps=3
+    )
+    assert train(config, progress=False).steps == 3

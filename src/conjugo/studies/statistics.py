@@ -8,7 +8,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Octaves", "first_reached", "mean_sd", "median_reached", "usable_octaves", "welch"]
+__all__ = [
+    "USABLE",
+    "Octaves",
+    "first_reached",
+    "largest_usable",
+    "mean_sd",
+    "median_reached",
+    "usable_octaves",
+    "welch",
+]
+
+
+USABLE = 0.02
+"""So much worse than with the best hyperparameter a run may be (a fraction) for its hyperparameter to count as usable."""
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -54,7 +67,7 @@ class Octaves(NamedTuple):
 
 
 def usable_octaves(
-    points: Sequence[tuple[float, float]], *, tolerance: float = 0.02, minimum: int = 3
+    points: Sequence[tuple[float, float]], *, tolerance: float = USABLE, minimum: int = 3
 ) -> Octaves | None:
     """How far apart (in octaves) the learning rates lie whose accuracy is within *tolerance* of the best.
 
@@ -75,3 +88,13 @@ def usable_octaves(
     if high - low + 1 < minimum:
         return None
     return Octaves(math.log2(ordered[high][0] / ordered[low][0]), low == 0 or high == len(ordered) - 1)
+
+
+def largest_usable(points: Sequence[tuple[float, float]], *, tolerance: float = USABLE) -> float:
+    """The largest learning rate from the best one upwards whose accuracy stays within *tolerance* of the best."""
+    ordered = sorted(points)
+    best = max(range(len(ordered)), key=lambda i: ordered[i][1])
+    high = best
+    while high + 1 < len(ordered) and ordered[high + 1][1] >= ordered[best][1] - tolerance:
+        high += 1
+    return ordered[high][0]

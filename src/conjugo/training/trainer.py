@@ -448,7 +448,8 @@ class Trainer:
             "images_per_second": samples / seconds if seconds > 0 else 0.0,
         }
         last = getattr(self.optimizer, "last", {})
-        record |= {name: finite(last[name]) for name in ("beta", "base_lr", "step_size") if name in last}
+        # One value for each parameter where each has its own.
+        record |= {name: finite(last[name].mean()) for name in ("beta", "base_lr", "step_size") if name in last}
         if self.discard is not None:
             record["train_loss_all"] = finite(self.loss_sum_all / max(1, self.loss_steps))
         self.loss_sum.zero_()

@@ -17,12 +17,21 @@ __all__ = ["Paper", "Result", "names", "paper", "reproduce"]
 
 def _papers() -> dict[str, Paper]:
     # Here, not above: the list of names must not cost the import of the training code.
+    from conjugo.studies.reproduce.adagrad_norm import PAPER as ADAGRAD_NORM
     from conjugo.studies.reproduce.batch_size import PAPER as BATCH_SIZE
+    from conjugo.studies.reproduce.frsgd import PAPER as FRSGD
     from conjugo.studies.reproduce.mclr import PAPER as MCLR
     from conjugo.studies.reproduce.nlcg import PAPER as NLCG
     from conjugo.studies.reproduce.tabular_cg import PAPER as TABULAR_CG
 
-    return {"nlcg": NLCG, "mclr": MCLR, "batch-size": BATCH_SIZE, "tabular-cg": TABULAR_CG}
+    return {
+        "nlcg": NLCG,
+        "frsgd": FRSGD,
+        "adagrad-norm": ADAGRAD_NORM,
+        "mclr": MCLR,
+        "batch-size": BATCH_SIZE,
+        "tabular-cg": TABULAR_CG,
+    }
 
 
 def names() -> tuple[str, ...]:

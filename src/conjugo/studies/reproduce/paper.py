@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from conjugo._files import write_aside
 from conjugo.studies import statistics
 from conjugo.studies.summary import SIGNIFICANT, p_text
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Claim",
     "Judge",
+    "NotRun",
     "Paper",
     "Request",
     "Result",
@@ -62,6 +65,34 @@ class Paper:
     title: str
     source: str
     scales: Mapping[str, Callable[[Request], Result]]
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """A scale at which nothing is run. text: what would be, or why not."""
+
+    paper: str
+    scale: str
+    why: str
+
+    def tables(self) -> list[RenderableType]:
+        """None."""
+        return []
+
+    def text(self) -> str:
+        """One sentence or two."""
+        return f"Nothing was run. {self.why}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"paper": self.paper, "scale": self.scale, "text": self.text()}
+
+    def __call__(self, request: Request) -> NotRun:
+        """Write the words to the run directory; this is the experiment."""
+        if request.out is not None:
+            request.out.mkdir(parents=True, exist_ok=True)
+            write_aside(request.out / "results.json", json.dumps(self.to_dict(), indent=1))
+        return self
 
 
 @dataclass(frozen=True)
