@@ -79,7 +79,7 @@ class CBLR(ScopedOptimizer):
               gradients then; those steps need gradients with a graph (:attr:`needs_graph`).
             - ``"fisher"``: the running average of the squared gradient, up to a factor the diagonal of the empirical Fisher
               matrix. It has the unit of a squared gradient, so that ``trust`` has another meaning.
-        statistic: what makes one number of a layer's coordinates; see :func:`layer_curvature`. ``"norm"`` is the quotient
+        statistic: what makes one number of a layer's coordinates; see :func:`~conjugo.optim.layer_curvature`. ``"norm"`` is the quotient
             of the norms.
         quantile: in (0, 1), with ``statistic="quantile"``.
         sample: coordinates of a layer among which a median or quantile is taken, >= 8; None: all.
@@ -95,7 +95,7 @@ class CBLR(ScopedOptimizer):
         foreach: update lists of tensors at once; by default on accelerators.
         fused: use the compiled CPU kernels; by default where they fit (dense float32 or float64 parameters on a CPU).
         process_group: where parameters are DTensors, the ranks that hold them; None: all. A step then needs one
-            all-reduce. Norms are exact; of medians and quantiles see :func:`layer_curvature`.
+            all-reduce. Norms are exact; of medians and quantiles see :func:`~conjugo.optim.layer_curvature`.
 
     State: ``momentum_buffer``, with ``"secant"`` also ``grad_prev`` and ``weight_prev``, with ``"fisher"`` ``exp_avg_sq``,
     vectors in float32 for bfloat16 and float16 parameters; ``scalars`` (curvature, steps, skipped steps), float64.
@@ -428,14 +428,14 @@ class CBLR(ScopedOptimizer):
 class MCLR(CBLR):
     r"""Momentum SGD whose learning rate is, layer by layer, inverse to the median of the curvature.
 
-    :class:`CBLR` with :math:`\kappa` the median of :math:`|g_i| / |w_i|` over the coordinates of a layer. A few extreme
+    :class:`~conjugo.optim.CBLR` with :math:`\kappa` the median of :math:`|g_i| / |w_i|` over the coordinates of a layer. A few extreme
     coordinates do not matter to it, as they do to the norms in LARS, nor do coordinates without gradient. Costs one vector of
     memory, like SGD with momentum, and a selection among at most *sample* coordinates of each layer.
 
     Args:
         trust: :math:`\eta > 0`. Medians are smaller than the quotient of norms: a tenth of what LARS takes is about right.
 
-    The other arguments, the state and the errors are those of :class:`CBLR`.
+    The other arguments, the state and the errors are those of :class:`~conjugo.optim.CBLR`.
 
     >>> w = torch.nn.Parameter(torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0], [32.0, 64.0, 128.0, 256.0, 512.0]]))
     >>> w.grad = torch.ones(2, 5)

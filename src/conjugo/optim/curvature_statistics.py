@@ -343,12 +343,12 @@ def layer_rates(
     exempt_scale: float | None = None,
     process_group: Any = None,
 ) -> list[Tensor]:
-    """The factor of each gradient that :class:`MCLR` would apply, for use in front of any other optimizer.
+    """The factor of each gradient that :class:`~conjugo.optim.MCLR` would apply, for use in front of any other optimizer.
 
     Args:
         params: parameters, all with a gradient.
         trust, weight_decay, rate_bounds, fallback, exempt, exempt_scale: as of :class:`conjugo.optim.CBLR`.
-        statistic, quantile, sample, process_group: as of :func:`layer_curvature`.
+        statistic, quantile, sample, process_group: as of :func:`~conjugo.optim.layer_curvature`.
 
     Returns:
         list[Tensor]: one 0-d tensor for each parameter, in the type of its state (float32, or float64 for float64).
