@@ -79,8 +79,8 @@ class CBLR(ScopedOptimizer):
               gradients then; those steps need gradients with a graph (:attr:`needs_graph`).
             - ``"fisher"``: the running average of the squared gradient, up to a factor the diagonal of the empirical Fisher
               matrix. It has the unit of a squared gradient, so that ``trust`` has another meaning.
-        statistic: what makes one number of a layer's coordinates; see :func:`~conjugo.optim.layer_curvature`. ``"norm"`` is the quotient
-            of the norms.
+        statistic: what makes one number of a layer's coordinates; see :func:`~conjugo.optim.layer_curvature`. ``"norm"`` is
+            the quotient of the norms.
         quantile: in (0, 1), with ``statistic="quantile"``.
         sample: coordinates of a layer among which a median or quantile is taken, >= 8; None: all.
         ema: part of the old average in a new one, in [0, 1), with ``"secant"`` and ``"fisher"``.
@@ -428,9 +428,9 @@ class CBLR(ScopedOptimizer):
 class MCLR(CBLR):
     r"""Momentum SGD whose learning rate is, layer by layer, inverse to the median of the curvature.
 
-    :class:`~conjugo.optim.CBLR` with :math:`\kappa` the median of :math:`|g_i| / |w_i|` over the coordinates of a layer. A few extreme
-    coordinates do not matter to it, as they do to the norms in LARS, nor do coordinates without gradient. Costs one vector of
-    memory, like SGD with momentum, and a selection among at most *sample* coordinates of each layer.
+    :class:`~conjugo.optim.CBLR` with :math:`\kappa` the median of :math:`|g_i| / |w_i|` over the coordinates of a layer. A
+    few extreme coordinates do not matter to it, as they do to the norms in LARS, nor do coordinates without gradient. Costs
+    one vector of memory, like SGD with momentum, and a selection among at most *sample* coordinates of each layer.
 
     Args:
         trust: :math:`\eta > 0`. Medians are smaller than the quotient of norms: a tenth of what LARS takes is about right.
