@@ -2,8 +2,8 @@
 
 A 64-128-128-10 perceptron without batch norm learns digits: 60 full-batch steps, or 100 steps of batch 256. The learning
 rate warms up in 10 % of the steps (power 1/2) and drops at 51 % and 76.5 %; momentum is 0.9. Every optimizer gets six
-learning rates, an octave apart, and four seeds; see :mod:`conjugo.studies.reproduce.grid_study`. Two more full-batch runs, of MCLR and CBLR,
-record the curvature of each layer.
+learning rates, an octave apart, and four seeds; see :mod:`conjugo.studies.reproduce.grid_study`. Two more full-batch runs,
+of MCLR and CBLR, record the curvature of each layer.
 """
 
 from __future__ import annotations
