@@ -276,7 +276,7 @@ def chain(x: Tensor) -> Tensor:
 
 
 def _time() -> None:
-    """A run of 20 iterations, beside its evaluations alone."""
+    """A run of 50 iterations, beside its evaluations alone."""
     rows = []
     for label, fun in (("Rosenbrock", rosenbrock), ("chain of springs", chain)):
         for n, dtype in ((100_000, torch.float64), (1_000_000, torch.float64), (1_000_000, torch.float32)):
@@ -288,7 +288,7 @@ def _time() -> None:
 
 
 def _overhead(label: str, fun: Callable[[Tensor], Tensor], start: Tensor, method: str, rounds: int = 7) -> list[str]:
-    count = minimize(fun, start, method=method, gtol=0.0, max_iter=20).nfev
+    count = minimize(fun, start, method=method, gtol=0.0, max_iter=50).nfev
     x = start.clone().requires_grad_()
 
     def alone() -> None:
@@ -296,7 +296,7 @@ def _overhead(label: str, fun: Callable[[Tensor], Tensor], start: Tensor, method
             torch.autograd.grad(fun(x), x)[0].sum().item()
 
     def run() -> None:
-        minimize(fun, start, method=method, gtol=0.0, max_iter=20)
+        minimize(fun, start, method=method, gtol=0.0, max_iter=50)
 
     seconds = interleave({"run": run, "alone": alone}, rounds=rounds, warmup=1)
     middle, low, high = ratio(seconds["run"], seconds["alone"])

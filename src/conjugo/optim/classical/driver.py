@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from conjugo._tensors import CHUNK, wide_dtype
+from conjugo._tensors import CHUNK, dot, wide_dtype
 from conjugo.optim.classical.methods import Options
 from conjugo.optim.classical.protocol import Algorithm, Memory, Point, Request, Status, Turn
 
@@ -106,16 +106,20 @@ class Driver:
         if request.curvature:
             assert self.curvature is not None
             product = self.curvature(self.points[self.base], p)
-            return Point(math.nan, table_products(p[None], product).item(), 0.0, 0.0, 0.0)
+            return Point(math.nan, dot(p, product).item(), 0.0, 0.0, 0.0)
         last = self._free(self.base, self.best)
         x, g = self.points[last], table[last]
         torch.sub(self.points[self.base], p, alpha=request.step, out=x)
         f = self.evaluate(x, g)
-        found = [table_products(table, g), torch.linalg.vector_norm(g, torch.inf).reshape(1)]
+        wanted = list(range(len(table)))
+        if x.numel() > CHUNK:  # then passes over memory count, not calls
+            wanted = [last, self.base, *rows] if self.options.beale else [last, self.base, rows.p]
+        low, high = torch.aminmax(g)  # several times faster than a norm
+        found = [table_products(table, wanted, g), torch.stack((low.neg(), high))]
         if self.options.norms:
-            found.append(table_products(p[None], p))
+            found.append(dot(p, p).reshape(1))
         if self.precondition is not None:
-            found.append(table_products(table, self.precondition(g)))
+            found.append(table_products(table, wanted, self.precondition(g)))
         if isinstance(f, Tensor):
             found.append(f.detach().reshape(1))
         numbers = torch.cat(found).tolist()
@@ -123,9 +127,10 @@ class Driver:
         self.last, self._f_last = last, f
         if f <= self.f or self.f != self.f:
             self.best, self.f = last, f
-        k = len(table)
-        by_g, size, dd = numbers[:k], numbers[k], numbers[k + 1] if self.options.norms else 0.0
-        by_z = by_g if self.precondition is None else numbers[-k:]
+        k = len(wanted)
+        by_g, by_z = (dict(zip(wanted, part, strict=True)) for part in (numbers[:k], numbers[-k:]))
+        by_z = by_g if self.precondition is None else by_z
+        size, dd = max(numbers[k : k + 2]), numbers[k + 2] if self.options.norms else 0.0
         kept = (-by_g[rows.p_kept], by_z[rows.y_kept]) if self.options.beale else ()
         return Point(f, -by_g[rows.p], by_z[last], by_z[self.base], size, dd, *kept)
 
@@ -170,10 +175,8 @@ class Driver:
         self.base = base
 
 
-def table_products(table: Tensor, v: Tensor) -> Tensor:
-    """table @ v for a table [k, n] and a vector [n], as :func:`conjugo._tensors.dot` sums: [k], in ``wide_dtype``."""
-    wide = wide_dtype(v.device)
-    if v.dtype == torch.float64 or v.numel() <= CHUNK:
-        return torch.mv(table, v).to(wide)
-    parts = zip(torch.split(table, CHUNK, dim=1), torch.split(v, CHUNK), strict=True)
-    return torch.stack([torch.mv(a, b) for a, b in parts]).sum(0, dtype=wide)
+def table_products(table: Tensor, rows: list[int], v: Tensor) -> Tensor:
+    """<row, v> for each of the *rows* of a table [k, n], as :func:`conjugo._tensors.dot` sums: [len(rows)]."""
+    if v.numel() <= CHUNK and len(rows) == len(table):
+        return torch.mv(table, v).to(wide_dtype(v.device))
+    return torch.stack([dot(table[row], v) for row in rows])

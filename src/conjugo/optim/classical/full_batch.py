@@ -168,7 +168,7 @@ class FullBatchCG(Optimizer):
         self._losses: list[Any] = []
         try:
             status = driver.run(memory)
-            grad_max = torch.linalg.vector_norm(driver.gradient, torch.inf).item()
+            grad_max = driver.gradient.abs().max().item()
         except BaseException:
             memory.rho = 0.0  # the next step begins anew
             raise
