@@ -66,14 +66,14 @@ class TensorUpdates:
         """[n]."""
         return self._squares([effective_gradients(block, scales[span]) for block, span in self._blocks])
 
+    def both_squares(self) -> tuple[Tensor, Tensor]:
+        """<g, g> and <p, p> of each parameter, g the gradient as it is: two of [n]."""
+        gradients = self.squares([(1.0, 0.0)] * sum(len(block.params) for block, _ in self._blocks))
+        return gradients, self._squares([_parameters(block) for block, _ in self._blocks])
+
     def squared_distances(self) -> Tensor:
         """<p - q, p - q> with q where p started: [n]."""
-        return self._squares(
-            [
-                minus([as_real(p).to(state_dtype(p)) for p in block.pieces()], block.state(INITIAL), block.foreach)
-                for block, _ in self._blocks
-            ]
-        )
+        return self._squares([minus(_parameters(b), b.state(INITIAL), b.foreach) for b, _ in self._blocks])
 
     def _squares(self, lists: Sequence[list[Tensor]]) -> Tensor:
         return torch.cat([dots(xs, xs, block.foreach) for xs, (block, _) in zip(lists, self._blocks, strict=True)])
@@ -124,6 +124,16 @@ class FusedUpdates:
         self._table.bind(scales)
         return self._table.run(kernels.OP_GRADIENT)[:, 0]
 
+    def both_squares(self) -> tuple[Array, Array]:
+        """<g, g> and <p, p> of each parameter in one pass, g the gradient as it is: two of [n]."""
+        table, column = self._table, kernels.DIR
+        table.bind([(1.0, 0.0)] * len(table.params))
+        before = table.pointers[:, column].copy()
+        table.pointers[:, column] = table.pointers[:, kernels.PARAM]  # p in the place of m
+        sums = table.run(kernels.OP_GRADIENT, kernels.F_DIRECTION)
+        table.pointers[:, column] = before
+        return sums[:, 0], sums[:, 3]
+
     def squared_distances(self) -> Array:
         """<p - q, p - q> with q where p started: [n]; only in a step that is finite."""
         self._table.bind([(0.0, 1.0)] * len(self._table.params))  # p in the place of x
@@ -138,6 +148,11 @@ class FusedUpdates:
             c[:, column] = neutral if values is None else values
         self._table.run(k.OP_MOMENTUM)
         self._table.release()
+
+
+def _parameters(block: Block) -> list[Tensor]:
+    """This rank's pieces of the parameters, real, in the type of their state."""
+    return [as_real(p).to(state_dtype(p)) for p in block.pieces()]
 
 
 def _plus(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> None:

@@ -24,7 +24,7 @@ from conjugo.optim.step_sizes import Distance, NormGrowth, StepSize, bounded
 
 __all__ = ["AdaGradNorm"]
 
-FIRST_STEP = 0.05
+FIRST_STEP = 0.1
 """Length of the first step relative to the norm of the parameters, if nothing else is asked for."""
 
 
@@ -38,7 +38,7 @@ class AdaGradNorm(MomentumOptimizer):
     makes it fall like :math:`1 / \sqrt t`. No memory beside the momentum, invariant to rotations. It never diverges, but
     one bad batch early on makes all later steps short.
 
-    Exactly one of *b0*, *first_step* and *distance* says how it starts; without any it is ``first_step=0.05``.
+    Exactly one of *b0*, *first_step* and *distance* says how it starts; without any it is ``first_step=0.1``.
 
     Args:
         params: parameters or parameter groups, real or complex floating point, all on one device; also DTensors (FSDP2,

@@ -264,8 +264,12 @@ class CBLR(ScopedOptimizer):
 
     def _measured(self, products: list[Tensor] | None) -> tuple[Array, Array | None]:
         """<g, g> of every parameter, and its curvature (None: not measured in this step); [n], over all ranks."""
-        squares = torch.as_tensor(self._updates.squares([(1.0, 0.0)] * len(self._active)))
-        parts = self._parts(squares, products)
+        if self.estimator == "ratio" and self.summary.statistic == "norm" and self._layers:
+            squares, weights = map(torch.as_tensor, self._updates.both_squares())
+            parts: Tensor | None = torch.stack([squares, weights])
+        else:
+            squares = torch.as_tensor(self._updates.squares([(1.0, 0.0)] * len(self._active)))
+            parts = self._parts(squares, products)
         sums = self._space.reduce(squares[None] if parts is None else torch.cat([squares[None], parts]))
         curvature = None if parts is None else self.summary.value(sums[1:], [p.numel() for p in self._active])
         if self._on_host:
@@ -276,8 +280,6 @@ class CBLR(ScopedOptimizer):
         """This rank's part of the statistic, [rows, n]; of exempt parameters anything."""
         if not self._layers or (self.estimator == "hutchinson" and products is None):
             return None
-        if self.estimator == "ratio" and self.summary.statistic == "norm":
-            return torch.stack([squares, torch.as_tensor(self._updates.squares([(0.0, 1.0)] * len(squares)))])
         layers = [self._quotients(i, products) for i in self._layers]
         found = self.summary.parts(layers, self._space, lists=self._as_lists)
         if len(self._layers) == len(squares):

@@ -167,16 +167,17 @@ def _elements(quotients: Sequence[Quotient], position: float) -> Tensor:
     columns = []
     for q in quotients:
         sizes = np.abs(q.numerator.numpy())
-        counts = sizes > 0
         if q.denominator is not None:
             below = np.abs(q.denominator.numpy())
-            counts &= below >= FLOOR
+            if below.size and below.min() < FLOOR:
+                kept = below >= FLOOR
+                sizes, below = sizes[kept], below[kept]
             below += q.delta
-            with np.errstate(all="ignore"):  # where it does not count
+            with np.errstate(all="ignore"):  # what is not finite ends the step
                 sizes /= below
-        n = np.count_nonzero(counts)
-        sizes = sizes if n == len(sizes) else sizes[counts]
-        at = max(math.floor(position * (n - 1)), 0)
+        # Coordinates without gradient do not count: as zeros they stand before all others.
+        n = np.count_nonzero(sizes)
+        at = len(sizes) - n + max(math.floor(position * (n - 1)), 0)
         columns.append((np.partition(sizes, at)[at] if n else math.nan, n * q.weight))
     return torch.tensor(columns, dtype=torch.float64).T
 
