@@ -31,8 +31,8 @@ FEW_TRIALS = 3
 """Trials from an interpolated base, before it is evaluated itself."""
 NEGLIGIBLE = 0.01
 """Part of a step by which an exact line search need not differ from it."""
-MOST_STALE = 3
-"""Iterations without a lower value, after which a line search does not trust parabolas."""
+DISTRUST, GIVE_UP = 3, 100
+"""Iterations with neither a lower value nor a smaller gradient, after which a search does not trust parabolas, or all ends."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algor
         return Ending(Status.NOT_FINITE, last=True)
     until_iteration = memory.iterations + limits.max_iter
     until_evaluation = memory.evaluations - 1 + limits.max_eval
-    lowest, part, stale = point.f, 1.0, 0
+    lowest, smallest, part, stale = point.f, point.rho, 1.0, 0
     if point.size <= limits.gtol:
         return Ending(Status.CONVERGED, last=True)
     while memory.iterations < until_iteration:
@@ -88,7 +88,7 @@ def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algor
         search = partial(_search, memory=memory, limits=limits, until=until_evaluation)
         trials = MOST_TRIALS if part == 1.0 else FEW_TRIALS
         outcome = yield from search(
-            base, slope, replace(turn, part=part), lowest=lowest, trials=trials, exact=stale < MOST_STALE
+            base, slope, replace(turn, part=part), lowest=lowest, trials=trials, exact=stale < DISTRUST
         )
         if outcome.point is None and part != 1.0 and memory.evaluations + 1 < until_evaluation:
             # The interpolated base has misled the search: see what is really there, and begin anew.
@@ -107,14 +107,17 @@ def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algor
         memory.iterations += 1
         if _converged(point, lowest, limits):
             return Ending(Status.CONVERGED, last=True)
-        stale = 0 if point.f < lowest else stale + 1
-        lowest = min(lowest, point.f)
+        stale = 0 if point.f < lowest or point.rho < smallest else stale + 1
+        if stale >= GIVE_UP:
+            memory.rho = 0.0
+            return Ending(Status.NO_PROGRESS, last=False)
+        lowest, smallest = min(lowest, point.f), min(smallest, point.rho)
         # After a poor step the next direction is steepest descent.
         memory.rho = base.rho if outcome.found else 0.0
         memory.step, memory.slope, part = outcome.step, slope, 1.0
         if memory.iterations >= until_iteration:
             # A later run starts from the lowest point: the direction is of use there only if that is this one.
-            memory.rho = memory.rho if stale == 0 else 0.0
+            memory.rho = memory.rho if point.f <= lowest else 0.0
             break
         exact = interpolate(base, slope, outcome.step, point, limits) if outcome.found else None
         if exact is not None and abs(exact.part - 1.0) > NEGLIGIBLE:
@@ -137,8 +140,10 @@ def _search(
     trials: int = MOST_TRIALS,
     exact: bool = True,
 ) -> Generator[Request, Point, Outcome]:
-    """Turn, then search along the new direction; in the end the last evaluation is the point of the outcome, unless there
-    is none, or no evaluation left."""
+    """Turn, then search along the new direction.
+
+    In the end the last evaluation is the point of the outcome, unless there is none, or no evaluation left.
+    """
 
     def enough(step: float, point: Point) -> bool:
         parabola = exact and interpolate(base, slope, step, point, limits) is not None
