@@ -56,7 +56,7 @@ class Entry:
 _MOMENTUM = Tunable("momentum", 0.7, 0.99, log=False, complement=True)
 _BETA1 = Tunable("beta1", 0.7, 0.99, log=False, complement=True)
 _BETA_MAX = Tunable("beta_max", 0.8, 1.0, log=False, closed=True)
-_FIRST_STEP = Tunable("first_step", 0.01, 1.0, log=True)
+_FIRST_STEP = Tunable("first_step", 0.03, 3.0, log=True)
 
 
 def _nlcg(name: str, **options: Any) -> Entry:

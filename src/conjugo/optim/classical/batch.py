@@ -115,6 +115,7 @@ class _Lockstep:
 
     def __init__(self, options: Options, evaluate: Callable[..., tuple[Any, Any]], x0: Array, callback: Any) -> None:
         self.xp, self.options, self.evaluate, self.callback = namespace(x0), options, evaluate, callback
+        self.norms = options.norms
         count, n = x0.shape
         x0 = x0.detach() if isinstance(x0, Tensor) else x0
         self.base, self.last, self.best = (x0 + 0.0 for _ in range(3))
@@ -154,6 +155,10 @@ class _Lockstep:
             rounds=self.rounds,
         )
 
+    def _rows(self, chosen: list[int]) -> list[int] | slice:
+        """*chosen* as an index. A slice, where it is all of them, gives views; a list gives copies, which take longer."""
+        return slice(None) if len(chosen) == len(self.problems) else chosen
+
     def _numbers(self, values: list[float]) -> Array:
         """A column [S, 1] beside the vectors."""
         if isinstance(self.base, Tensor):
@@ -170,11 +175,11 @@ class _Lockstep:
         check(shapes == wanted, "minimize_batch", "fun", shapes, f"a function that returns the shapes {wanted}")
         table[:, LAST] = g
         columns = [f[:, None], xp.amax(xp.abs(g), axis=-1, keepdims=True), (table @ g[:, :, None])[:, :, 0]]
-        if self.options.norms:
+        if self.norms:
             columns.append((table[:, P] ** 2).sum(-1)[:, None])
         points = []
         for value, size, rho, cross, _, down, *rest in xp.concatenate(columns, axis=1).tolist():
-            dd = rest.pop() if self.options.norms else 0.0
+            dd = rest.pop() if self.norms else 0.0
             kept_down, kept_y = rest or (0.0, 0.0)
             points.append(Point(value, -down, rho, cross, size, dd, -kept_down, kept_y))
         return points
@@ -195,8 +200,9 @@ class _Lockstep:
                 problem.f = point.f
                 lowest.append(i)
         if lowest:
-            self.best[lowest] = self.last[lowest]
-            self.table[lowest, BEST] = self.table[lowest, LAST]
+            rows = self._rows(lowest)
+            self.best[rows] = self.last[rows]
+            self.table[rows, BEST] = self.table[rows, LAST]
         if turns:
             self._turn(turns)
 
@@ -205,17 +211,18 @@ class _Lockstep:
         table = self.table
         between = [(i, turn.part, turn.part * step) for i, turn, step in turns if turn.part != 1.0]
         if between:
-            rows, parts, steps = (list(column) for column in zip(*between, strict=True))
+            chosen, parts, steps = (list(column) for column in zip(*between, strict=True))
+            rows = self._rows(chosen)
             self.last[rows] = self.base[rows] - self._numbers(steps) * table[rows, P]
             table[rows, LAST] = table[rows, BASE] + self._numbers(parts) * (table[rows, LAST] - table[rows, BASE])
-        kept = [i for i, turn, _ in turns if turn.keep]
-        if kept:
+        if chosen := [i for i, turn, _ in turns if turn.keep]:
+            kept = self._rows(chosen)
             table[kept, P_KEPT] = table[kept, P]
             table[kept, Y_KEPT] = table[kept, LAST] - table[kept, BASE]
-        accepted = [i for i, turn, _ in turns if turn.accept]
+        accepted = self._rows([i for i, turn, _ in turns if turn.accept])
         self.base[accepted] = self.last[accepted]
         table[accepted, BASE] = table[accepted, LAST]
-        rows = [i for i, _, _ in turns]
+        rows = self._rows([i for i, _, _ in turns])
         p = table[rows, BASE] + self._numbers([turn.beta for _, turn, _ in turns]) * table[rows, P]
         if any(turn.gamma for _, turn, _ in turns):
             p += self._numbers([turn.gamma for _, turn, _ in turns]) * table[rows, P_KEPT]
