@@ -26,7 +26,7 @@ try:
 except ImportError:  # the package was built without a C compiler
     kernels = None
 
-__all__ = ["FusedPasses", "KernelTable", "kernels", "suits"]
+__all__ = ["SERIAL", "FusedPasses", "KernelTable", "kernels", "share", "suits"]
 
 SERIAL = 4 * CHUNK
 """Below this number of values a second thread costs more than it saves."""
@@ -122,7 +122,7 @@ class KernelTable:
         if threads == 1:
             part(0, len(self._pieces))
         else:
-            _share(part, len(self._pieces), threads)
+            share(part, len(self._pieces), threads)
         return np.add.reduceat(self._sums, self._first_pieces, axis=0)
 
     def release(self) -> None:
@@ -185,7 +185,8 @@ class FusedPasses:
         return totals
 
 
-def _share(part: Callable[[int, int], None], n: int, threads: int) -> None:
+def share(part: Callable[[int, int], None], n: int, threads: int) -> None:
+    """Have *part(begin, end)* done for all of the *n* pieces, by so many threads."""
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(max_workers=threads - 1, thread_name_prefix="conjugo")
     edges = [n * i // threads for i in range(threads + 1)]

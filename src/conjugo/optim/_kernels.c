@@ -28,6 +28,19 @@ typedef struct {
     double *sums; /* [blocks, N_SUMS] */
 } Job;
 
+/* What classical conjugate gradients do along a line; addresses of n values each. */
+enum { MOST_ROWS = 8 };
+
+typedef struct {
+    int64_t v, rows[MOST_ROWS];
+    int n_rows;
+} Line;
+
+typedef struct {
+    int64_t base, x, g_base, g_last, g, p, p_new, p_kept, y_kept, trial; /* p_kept, y_kept: 0 without */
+    double part, step, beta, gamma, next;
+} Turn;
+
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -67,7 +80,57 @@ static PyObject *run(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *products(PyObject *self, PyObject *args) {
+    (void)self;
+    int is_double;
+    unsigned long long v, out;
+    Py_ssize_t begin, end;
+    PyObject *rows;
+    Line line;
+    if (!PyArg_ParseTuple(args, "pKO!Knn", &is_double, &v, &PyTuple_Type, &rows, &out, &begin, &end)) return NULL;
+    line.n_rows = (int)PyTuple_Size(rows);
+    if (line.n_rows > MOST_ROWS || begin >= end) {
+        PyErr_SetString(PyExc_ValueError, "too many rows, or no values");
+        return NULL;
+    }
+    line.v = (int64_t)v;
+    for (int j = 0; j < line.n_rows; j++) line.rows[j] = PyLong_AsLongLong(PyTuple_GetItem(rows, j));
+    if (PyErr_Occurred()) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    if (is_double)
+        products_f64(&line, begin, end, (double *)(uintptr_t)out);
+    else
+        products_f32(&line, begin, end, (double *)(uintptr_t)out);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *turn(PyObject *self, PyObject *args) {
+    (void)self;
+    int is_double;
+    Py_ssize_t begin, end;
+    Turn t;
+    long long a[10];
+    if (!PyArg_ParseTuple(args, "p(LLLLLLLLLL)(ddddd)nn", &is_double, a, a + 1, a + 2, a + 3, a + 4, a + 5, a + 6, a + 7, a + 8,
+                          a + 9, &t.part, &t.step, &t.beta, &t.gamma, &t.next, &begin, &end))
+        return NULL;
+    t.base = a[0], t.x = a[1], t.g_base = a[2], t.g_last = a[3], t.g = a[4], t.p = a[5], t.p_new = a[6], t.p_kept = a[7];
+    t.y_kept = a[8], t.trial = a[9];
+    Py_BEGIN_ALLOW_THREADS
+    if (is_double)
+        turn_f64(&t, begin, end);
+    else
+        turn_f32(&t, begin, end);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"products", products, METH_VARARGS,
+     "products(is_double, v, rows, out, begin, end): <row, v> for each of the rows, and the smallest and largest value of v, "
+     "over begin..end-1; addresses, out of len(rows) + 2 doubles."},
+    {"turn", turn, METH_VARARGS,
+     "turn(is_double, (base, x, g_base, g_last, g, p, p_new, p_kept, y_kept, trial), (part, step, beta, gamma, next), begin, end)"},
     {"run", run, METH_VARARGS,
      "run(op, flags, is_double, pointers, coefficients, blocks, sums, begin, end): one pass over blocks begin..end-1; "
      "the four tables are given by address."},

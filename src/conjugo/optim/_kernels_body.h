@@ -118,6 +118,65 @@ INLINE void SUFFIX(momentum)(T *restrict p, const T *restrict g, T *restrict m, 
 
 #undef EFFECTIVE
 
+/* <row, v> for each of the rows, then the smallest and the largest value of v, over begin..end-1; NaN makes both NaN. */
+CLONES static void SUFFIX(products)(const Line *line, int64_t begin, int64_t end, double *out) {
+    const T *v = (const T *)(uintptr_t)line->v;
+    double sums[MOST_ROWS] = {0};
+    T low = v[begin], high = v[begin], invalid = 0;
+    for (int64_t start = begin; start < end; start += RUN) {
+        const int64_t stop = start + RUN < end ? start + RUN : end;
+        for (int j = 0; j < line->n_rows; j++) {
+            const T *row = (const T *)(uintptr_t)line->rows[j];
+            T sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = start; i < stop; i++) sum += row[i] * v[i];
+            sums[j] += (double)sum;
+        }
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : invalid)
+        for (int64_t i = start; i < stop; i++) {
+            low = v[i] < low ? v[i] : low;
+            high = v[i] > high ? v[i] : high;
+            invalid += v[i] - v[i]; /* 0, or NaN for NaN and infinity */
+        }
+    }
+    for (int j = 0; j < line->n_rows; j++) out[j] = sums[j];
+    out[line->n_rows] = (double)(low + invalid), out[line->n_rows + 1] = (double)(high + invalid);
+}
+
+/* A point between base and last (unless part is 1), the next direction from it, and the next trial point:
+ * x <- base - part step p, g <- g_base + part (g_last - g_base), y_kept <- g - g_base if there is room for it,
+ * p_new <- g + beta p + gamma p_kept, trial <- x - next p_new. */
+CLONES static void SUFFIX(turn)(const Turn *t, int64_t begin, int64_t end) {
+#define AT(field) ((T *)(uintptr_t)t->field)
+    const T *base = AT(base), *g_base = AT(g_base), *p_kept = AT(p_kept);
+    T *x = AT(x), *g = AT(g), *p = AT(p), *p_new = AT(p_new), *y_kept = AT(y_kept), *trial = AT(trial);
+    const T *g_last = AT(g_last);
+#undef AT
+    const T part = (T)t->part, step = (T)(t->part * t->step), beta = (T)t->beta, gamma = (T)t->gamma, next = (T)t->next;
+    const int between = t->part != 1;
+    for (int64_t start = begin; start < end; start += RUN) {
+        const int64_t stop = start + RUN < end ? start + RUN : end;
+        if (between) {
+#pragma omp simd
+            for (int64_t i = start; i < stop; i++) {
+                x[i] = base[i] - step * p[i];
+                g[i] = g_base[i] + part * (g_last[i] - g_base[i]);
+            }
+        }
+        if (y_kept) {
+#pragma omp simd
+            for (int64_t i = start; i < stop; i++) y_kept[i] = g[i] - g_base[i];
+        }
+#pragma omp simd
+        for (int64_t i = start; i < stop; i++) {
+            T direction = g[i] + beta * p[i];
+            if (p_kept) direction += gamma * p_kept[i];
+            p_new[i] = direction;
+            trial[i] = x[i] - next * direction;
+        }
+    }
+}
+
 /* The flags of the hot cases are constants where the loops are inlined, so that no test stays inside them. */
 CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t begin, Py_ssize_t end) {
     for (Py_ssize_t b = begin; b < end; b++) {

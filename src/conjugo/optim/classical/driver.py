@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conjugo._tensors import CHUNK, dot, wide_dtype
+from conjugo.optim.classical import fused
 from conjugo.optim.classical.methods import Options
 from conjugo.optim.classical.protocol import Algorithm, Memory, Point, Request, Status, Turn
 
@@ -51,6 +52,8 @@ class Driver:
         self.precondition, self.curvature = precondition, curvature
         self.points, self.rows = points, Rows()
         self.table = points.new_zeros(options.vectors, points.shape[1])
+        self.fused = fused.suits(self.table)
+        self._trial_ready = False  # whether the next trial point is in its slot already
         self.base = self.last = self.best = 0  # slots: where the line starts, evaluated last, lowest
         self.f = self._f_last = math.nan  # at best, at last
 
@@ -93,7 +96,9 @@ class Driver:
                 if memory.iterations > seen:
                     after_iteration()
                 return Status(end.value.status)
-            if request.turn is not None:
+            if request.turn is not None and self.fused and self.precondition is None:
+                self._turn_fused(request.turn, step, request)
+            elif request.turn is not None:
                 self._turn(request.turn, step)
             if memory.iterations > seen:
                 seen = memory.iterations
@@ -109,11 +114,16 @@ class Driver:
             return Point(math.nan, dot(p, product).item(), 0.0, 0.0, 0.0)
         last = self._free(self.base, self.best)
         x, g = self.points[last], table[last]
-        torch.sub(self.points[self.base], p, alpha=request.step, out=x)
+        if not self._trial_ready:
+            torch.sub(self.points[self.base], p, alpha=request.step, out=x)
+        self._trial_ready = False
         f = self.evaluate(x, g)
-        wanted = list(range(len(table)))
-        if x.numel() > CHUNK:  # then passes over memory count, not calls
-            wanted = [last, self.base, *rows] if self.options.beale else [last, self.base, rows.p]
+        wanted = [last, self.base, *rows] if self.options.beale else [last, self.base, rows.p]
+        if self.fused and self.precondition is None and not self.options.norms:
+            *numbers, size = fused.products(g, [table[row] for row in wanted])
+            return self._point(f if isinstance(f, float) else f.item(), dict(zip(wanted, numbers, strict=True)), size)
+        if x.numel() <= CHUNK:  # calls count then, not passes over memory
+            wanted = list(range(len(table)))
         low, high = torch.aminmax(g)  # several times faster than a norm
         found = [table_products(table, wanted, g), torch.stack((low.neg(), high))]
         if self.options.norms:
@@ -124,15 +134,27 @@ class Driver:
             found.append(f.detach().reshape(1))
         numbers = torch.cat(found).tolist()
         f = numbers.pop() if isinstance(f, Tensor) else f
-        self.last, self._f_last = last, f
-        if f <= self.f or self.f != self.f:
-            self.best, self.f = last, f
         k = len(wanted)
         by_g, by_z = (dict(zip(wanted, part, strict=True)) for part in (numbers[:k], numbers[-k:]))
         by_z = by_g if self.precondition is None else by_z
-        size, dd = max(numbers[k : k + 2]), numbers[k + 2] if self.options.norms else 0.0
+        dd = numbers[k + 2] if self.options.norms else 0.0
+        return self._point(f, by_g, max(numbers[k : k + 2]), by_z, dd)
+
+    def _point(
+        self, f: float, by_g: dict[int, float], size: float, by_z: dict[int, float] | None = None, dd: float = 0.0
+    ) -> Point:
+        """Note where the last evaluation is; what the algorithm is told of it.
+
+        by_g, by_z: inner products of the gradient, and of the preconditioned one, with rows of the table.
+        """
+        rows, last = self.rows, self._free(self.base, self.best)
+        by_z = by_g if by_z is None else by_z
         kept = (-by_g[rows.p_kept], by_z[rows.y_kept]) if self.options.beale else ()
-        return Point(f, -by_g[rows.p], by_z[last], by_z[self.base], size, dd, *kept)
+        point = Point(f, -by_g[rows.p], by_z[last], by_z[self.base], size, dd, *kept)
+        self.last, self._f_last = last, f
+        if f <= self.f or self.f != self.f:
+            self.best, self.f = last, f
+        return point
 
     def settle(self) -> None:
         """Move everything to the rows where it was in the beginning; x becomes the base, the gradient at the old base stays.
@@ -173,6 +195,36 @@ class Driver:
         if turn.gamma:
             target.add_(table[rows.p_kept], alpha=turn.gamma)
         self.base = base
+
+    def _turn_fused(self, turn: Turn, step: float, request: Request) -> None:
+        """:meth:`_turn` in one pass, which also makes the trial point of *request*."""
+        table, rows, points = self.table, self.rows, self.points
+        base, part = self.base, turn.part if turn.accept else 1.0
+        if turn.accept:
+            base = self.last if part == 1.0 else self._free(self.base, self.best)
+        fused.turn(
+            (
+                points[self.base],
+                points[base],
+                table[self.base],
+                table[self.last],
+                table[base],
+                table[rows.p],
+                table[rows.p_kept if turn.keep else rows.p],
+                table[rows.p_kept] if turn.gamma else None,
+                table[rows.y_kept] if turn.keep else None,
+                points[self._free(base, self.best)],
+            ),
+            part=part,
+            step=step,
+            beta=turn.beta,
+            gamma=turn.gamma,
+            next_step=request.step,
+        )
+        if turn.keep:
+            self.rows = rows._replace(p=rows.p_kept, p_kept=rows.p)
+        self.base = base
+        self._trial_ready = not request.curvature
 
 
 def table_products(table: Tensor, rows: list[int], v: Tensor) -> Tensor:
