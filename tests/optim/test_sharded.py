@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from conjugo._space import to_local
 from conjugo.distributed import share
-from conjugo.optim import FRSGD, LAMB, LARS, AdaGradNorm, WeightEMA
+from conjugo.optim import CBLR, FRSGD, LAMB, LARS, AdaGradNorm, WeightEMA
 
 OPTIMIZERS = {
     "lars": lambda groups: LARS(groups, lr=20.0),
@@ -33,6 +33,18 @@ OPTIMIZERS = {
     "adagrad-norm": lambda groups: AdaGradNorm(groups, lr=3.0, first_step=0.1),
     "adagrad-norm, momentum, tensors": lambda groups: AdaGradNorm(groups, b0=0.1, momentum=0.9, scope="tensor"),
     "adagrad-norm, distance": lambda groups: AdaGradNorm(groups, distance=True, initial_distance=0.01),
+    "cblr": lambda groups: CBLR(groups, lr=0.5, trust=0.1),
+    "cblr, nesterov, decay, vectors": lambda groups: CBLR(
+        groups, lr=0.5, trust=0.1, nesterov=True, weight_decay=0.1, exempt=lambda name, p: False
+    ),
+    "cblr, mean": lambda groups: CBLR(groups, lr=0.5, trust=0.1, statistic="mean"),
+    "cblr, max": lambda groups: CBLR(groups, lr=0.5, trust=0.1, statistic="max"),
+    "cblr, secant": lambda groups: CBLR(groups, lr=0.5, trust=0.1, estimator="secant"),
+    "cblr, secant, max, ascent": lambda groups: CBLR(
+        groups, lr=0.05, trust=0.1, estimator="secant", statistic="max", maximize=True
+    ),
+    "cblr, fisher": lambda groups: CBLR(groups, lr=0.5, trust=1e-3, estimator="fisher", statistic="mean"),
+    "cblr, hutchinson": lambda groups: CBLR(groups, lr=0.5, trust=0.1, estimator="hutchinson", every=3),
 }
 LAYOUTS = [layout for layout in LAYOUTS if layout != "slices"]
 STEPS = 20
@@ -45,8 +57,8 @@ def grouped(name, params):
 
 def step(params, layout, optimizer, number):
     _, grads = problem(entire(params), number)
-    for p, g in zip(params, laid_out(grads, layout), strict=True):
-        p.grad = g
+    for i, (p, g) in enumerate(zip(params, laid_out(grads, layout), strict=True)):
+        p.grad = g + (i + 1) * (p * p.detach() - p.detach() ** 2) if getattr(optimizer, "needs_graph", False) else g
         if layout == "tensor parallel" and g.ndim == 0:  # as with sequence parallelism
             p.grad = DTensor.from_local(g.to_local() / dist.get_world_size(), g.device_mesh, [Partial()])
     optimizer.step()
@@ -95,6 +107,8 @@ def trained_model(layout):
         x, y = (share(t, dist.get_rank(), dist.get_world_size()) for t in (x, y))
     found = {}
     for name in OPTIMIZERS:
+        if "hutchinson" in name:  # needs gradients with a graph
+            continue
         optimizer = grouped(name, list(model.parameters()))
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -141,6 +155,11 @@ def collectives(layout, name):
         ("fsdp", "frsgd, nesterov, tensors", 1),
         ("fsdp", "adagrad-norm", 1),
         ("fsdp", "adagrad-norm, distance", 2),
+        ("whole", "cblr", 0),
+        ("fsdp", "cblr", 1),
+        ("fsdp", "cblr, max", 1),
+        ("fsdp", "cblr, secant", 1),
+        ("fsdp", "cblr, fisher", 1),
     ],
 )
 def test_norms_travel_packed(layout, name, count):
@@ -163,7 +182,9 @@ def skipping(name):
     return len(changed), optimizer.skipped_steps.item(), len(params)
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb", "frsgd", "adagrad-norm", "adagrad-norm, distance"])
+@pytest.mark.parametrize(
+    "name", ["lars", "lamb", "frsgd", "adagrad-norm", "adagrad-norm, distance", "cblr", "cblr, secant", "cblr, fisher"]
+)
 def test_a_nan_in_one_shard_is_skipped_by_all(name):
     for changed, skipped, n in ranks.run(2, skipping, name):
         assert skipped == 1
@@ -180,7 +201,7 @@ def round_trip(name, saved, layout):
     return {"params": entire(params), "optimizer": state | {"state": values}}
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb", "frsgd", "adagrad-norm, distance"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "frsgd", "adagrad-norm, distance", "cblr", "cblr, secant"])
 def test_state_moves_between_layouts(name):
     params = fresh("whole")
     optimizer = grouped(name, params)
