@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conjugo._tensors import Array, namespace
 from conjugo.errors import check
+from conjugo.optim.classical import fused
 from conjugo.optim.classical.methods import Options
 from conjugo.optim.classical.protocol import MESSAGES, Algorithm, Memory, Point, Request, Status, Turn
 
@@ -116,6 +117,7 @@ class _Lockstep:
     def __init__(self, options: Options, evaluate: Callable[..., tuple[Any, Any]], x0: Array, callback: Any) -> None:
         self.xp, self.options, self.evaluate, self.callback = namespace(x0), options, evaluate, callback
         self.norms = options.norms
+        self.fused = fused.RowProducts.of(x0, options.vectors)
         count, n = x0.shape
         x0 = x0.detach() if isinstance(x0, Tensor) else x0
         self.base, self.last, self.best = (x0 + 0.0 for _ in range(3))
@@ -159,7 +161,11 @@ class _Lockstep:
         """*chosen* as an index. A slice, where it is all of them, gives views; a list gives copies, which take longer."""
         return slice(None) if len(chosen) == len(self.problems) else chosen
 
-    def _numbers(self, values: list[float]) -> Array:
+    def _factor(self, values: list[float]) -> Array | float:
+        """Factors of vectors, one for each row: a column, or the number itself if there is only one."""
+        return values[0] if len(values) == 1 else self._column(values)
+
+    def _column(self, values: list[float]) -> Array:
         """A column [S, 1] beside the vectors."""
         if isinstance(self.base, Tensor):
             return torch.tensor(values, dtype=self.base.dtype, device=self.base.device)[:, None]
@@ -168,19 +174,21 @@ class _Lockstep:
     def _measure(self) -> list[Point]:
         """Evaluate all problems where they asked for it."""
         xp, table = self.xp, self.table
-        self.last = self.base - self._numbers([p.request.step for p in self.problems]) * table[:, P]
+        self.last = self.base - self._factor([p.request.step for p in self.problems]) * table[:, P]
         f, g = self.evaluate(self.last, np.array([p.row for p in self.problems]))
         self.rounds += 1
         shapes, wanted = (tuple(f.shape), tuple(g.shape)), ((len(self.problems),), tuple(self.base.shape))
         check(shapes == wanted, "minimize_batch", "fun", shapes, f"a function that returns the shapes {wanted}")
         table[:, LAST] = g
-        columns = [f[:, None], xp.amax(xp.abs(g), axis=-1, keepdims=True), (table @ g[:, :, None])[:, :, 0]]
-        if self.norms:
-            columns.append((table[:, P] ** 2).sum(-1)[:, None])
+        if self.fused is not None:
+            rows = [[value, *found] for value, found in zip(f.tolist(), self.fused.products(g, table), strict=True)]
+        else:
+            columns = [f[:, None], (table @ g[:, :, None])[:, :, 0], xp.amax(xp.abs(g), axis=-1, keepdims=True)]
+            rows = xp.concatenate(columns, axis=1).tolist()
+        norms = (table[:, P] ** 2).sum(-1).tolist() if self.norms else [0.0] * len(rows)
         points = []
-        for value, size, rho, cross, _, down, *rest in xp.concatenate(columns, axis=1).tolist():
-            dd = rest.pop() if self.norms else 0.0
-            kept_down, kept_y = rest or (0.0, 0.0)
+        for (value, rho, cross, _, down, *kept, size), dd in zip(rows, norms, strict=True):
+            kept_down, kept_y = kept or (0.0, 0.0)
             points.append(Point(value, -down, rho, cross, size, dd, -kept_down, kept_y))
         return points
 
@@ -213,8 +221,8 @@ class _Lockstep:
         if between:
             chosen, parts, steps = (list(column) for column in zip(*between, strict=True))
             rows = self._rows(chosen)
-            self.last[rows] = self.base[rows] - self._numbers(steps) * table[rows, P]
-            table[rows, LAST] = table[rows, BASE] + self._numbers(parts) * (table[rows, LAST] - table[rows, BASE])
+            self.last[rows] = self.base[rows] - self._factor(steps) * table[rows, P]
+            table[rows, LAST] = table[rows, BASE] + self._factor(parts) * (table[rows, LAST] - table[rows, BASE])
         if chosen := [i for i, turn, _ in turns if turn.keep]:
             kept = self._rows(chosen)
             table[kept, P_KEPT] = table[kept, P]
@@ -223,9 +231,9 @@ class _Lockstep:
         self.base[accepted] = self.last[accepted]
         table[accepted, BASE] = table[accepted, LAST]
         rows = self._rows([i for i, _, _ in turns])
-        p = table[rows, BASE] + self._numbers([turn.beta for _, turn, _ in turns]) * table[rows, P]
+        p = table[rows, BASE] + self._factor([turn.beta for _, turn, _ in turns]) * table[rows, P]
         if any(turn.gamma for _, turn, _ in turns):
-            p += self._numbers([turn.gamma for _, turn, _ in turns]) * table[rows, P_KEPT]
+            p += self._factor([turn.gamma for _, turn, _ in turns]) * table[rows, P_KEPT]
         table[rows, P] = p
 
     def _call_back(self, result: Any) -> None:
@@ -240,7 +248,7 @@ class _Lockstep:
             result(
                 rows=np.array([p.row for p in problems]),
                 x=self.best[ready],
-                fun=self._numbers([p.f for p in problems])[:, 0],
+                fun=self._column([p.f for p in problems])[:, 0],
                 jac=self.table[ready, BEST],
                 nit=np.array([p.iterations for p in problems]),
                 nfev=np.array([p.memory.evaluations for p in problems]),
@@ -267,7 +275,7 @@ class _Lockstep:
         rows = [self.problems[i].row for i in ended]
         self.result["x"][rows] = self.best[ended]
         self.result["jac"][rows] = self.table[ended, BEST]
-        self.result["fun"][rows] = self._numbers([self.problems[i].f for i in ended])[:, 0]
+        self.result["fun"][rows] = self._column([self.problems[i].f for i in ended])[:, 0]
         for i in ended:
             problem = self.problems[i]
             problem.algorithm.close()

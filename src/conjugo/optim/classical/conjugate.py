@@ -88,7 +88,12 @@ def conjugate_gradients(member: Member, memory: Memory, limits: Limits) -> Algor
         search = partial(_search, memory=memory, limits=limits, until=until_evaluation)
         trials = MOST_TRIALS if part == 1.0 else FEW_TRIALS
         outcome = yield from search(
-            base, slope, replace(turn, part=part), lowest=lowest, trials=trials, exact=stale < DISTRUST
+            base,
+            slope,
+            turn if part == 1.0 else replace(turn, part=part),
+            lowest=lowest,
+            trials=trials,
+            exact=stale < DISTRUST,
         )
         if outcome.point is None and part != 1.0 and memory.evaluations + 1 < until_evaluation:
             # The interpolated base has misled the search: see what is really there, and begin anew.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from conjugo._tensors import CHUNK
+from conjugo._tensors import CHUNK, Array
 from conjugo.optim._fused import SERIAL, kernels, share
 
-__all__ = ["products", "suits", "turn"]
+__all__ = ["RowProducts", "products", "suits", "turn"]
 
 
 def suits(table: Tensor) -> bool:
@@ -21,19 +22,50 @@ def suits(table: Tensor) -> bool:
 
 
 def products(v: Tensor, rows: Sequence[Tensor]) -> list[float]:
-    """<row, v> for each of at most 8 rows, and max |v| (NaN if v has a value that is not finite); all [n].
+    """<row, v> for each of at most 8 rows, and max |v| (NaN if v has a value that is not finite); all [n]."""
+    addresses = tuple(row.data_ptr() for row in rows)
+    return _products(v.data_ptr(), addresses, v.numel(), double=v.dtype == torch.float64)
 
-    Sums run over pieces that do not depend on the number of threads.
-    """
-    n = v.numel()
+
+class RowProducts:
+    """The same for many problems, whose vectors are rows of arrays or tensors."""
+
+    def __init__(self, *, size: int, vectors: int, double: bool) -> None:
+        self._size, self._vectors, self._double = size, vectors, double
+
+    @classmethod
+    def of(cls, x0: Array, vectors: int) -> Self | None:
+        """For problems with starts *x0* [S, n] and tables of so many vectors; None where the kernels do not suit."""
+        if not suits(torch.as_tensor(x0).contiguous()):
+            return None
+        return cls(size=x0.shape[1], vectors=vectors, double=str(x0.dtype).endswith("float64"))
+
+    def products(self, g: Array, table: Array) -> list[list[float]]:
+        """:func:`products` of each row of *g* [S, n] with those of *table* [S, vectors, n]: S lists."""
+        first, row = _address(table), self._size * (8 if self._double else 4)
+        copied = g.contiguous() if isinstance(g, Tensor) else np.ascontiguousarray(g, dtype=table.dtype)
+        start = _address(copied)
+        found = []
+        for i in range(len(copied)):
+            begin = first + i * self._vectors * row
+            rows = tuple(range(begin, begin + self._vectors * row, row))
+            found.append(_products(start + i * row, rows, self._size, double=self._double))
+        return found
+
+
+def _address(array: Array) -> int:
+    return array.data_ptr() if isinstance(array, Tensor) else array.__array_interface__["data"][0]
+
+
+def _products(v: int, rows: tuple[int, ...], n: int, *, double: bool) -> list[float]:
+    """:func:`products` by addresses. Sums run over pieces that do not depend on the number of threads."""
     edges = range(0, n, CHUNK)
     sums = np.empty((len(edges), len(rows) + 2))
-    addresses, out = tuple(row.data_ptr() for row in rows), sums.ctypes.data
+    out, width = _address(sums), sums.strides[0]
 
     def part(begin: int, end: int) -> None:
         for i in range(begin, end):
-            at = out + i * sums.strides[0]
-            kernels.products(v.dtype == torch.float64, v.data_ptr(), addresses, at, edges[i], min(edges[i] + CHUNK, n))
+            kernels.products(double, v, rows, out + i * width, edges[i], min(edges[i] + CHUNK, n))
 
     _run(part, len(edges), n)
     if len(sums) == 1:
