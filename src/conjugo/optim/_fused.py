@@ -89,11 +89,8 @@ class KernelTable:
         self._addresses = [table.ctypes.data for table in tables]
         self._gradients: list[Tensor] = []
 
-    def bind(self, scales: Sequence[Scale]) -> None:
-        """Take the addresses of this step's gradients, and those of the parameters, which may have been exchanged.
-
-        scales: what the kernels see of gradient and parameter, for each parameter.
-        """
+    def bind(self) -> None:
+        """Take the addresses of this step's gradients, and those of the parameters, which may have been exchanged."""
         self.params = [p for block in self._blocks for p in block.pieces()]
         raw = [g for block in self._blocks for g in block.raw_gradients()]
         self._gradients = gradients = []
@@ -105,12 +102,11 @@ class KernelTable:
             gradients.append(g if g.stride() == stride and g.dtype == dtype else torch.empty_like(p).copy_(g))
         self.pointers[:, kernels.PARAM] = [p.data_ptr() for p in self.params]
         self.pointers[:, kernels.GRAD] = [g.data_ptr() for g in gradients]
-        self.scale(scales)
 
     def scale(self, scales: Sequence[Scale]) -> None:
-        """Set what the kernels see of gradient and parameter."""
-        for i, (factor, decay) in enumerate(scales):
-            self.coefficients[i, kernels.SCALE], self.coefficients[i, kernels.DECAY] = float(factor), float(decay)
+        """Set what the kernels see of gradient and parameter, for each parameter."""
+        numbers = [(float(factor), float(decay)) for factor, decay in scales]
+        self.coefficients[:, [kernels.SCALE, kernels.DECAY]] = numbers
 
     def run(self, op: int, flags: int = 0) -> Array:
         """One pass; its sums per parameter, float64 [n, 4]."""
@@ -150,7 +146,8 @@ class FusedPasses:
     def gradient(self, scales: Sequence[Scale], *, direction: bool, cross: bool, fresh: Array) -> Array:
         """[n, 4], see :mod:`conjugo.optim._passes`."""
         k = kernels
-        self._table.bind(scales)
+        self._table.bind()
+        self._table.scale(scales)
         if isinstance(self._precond, DiagonalBFGS):
             self._table.coefficients[:, k.EPS] = self._precond.eps(fresh)
         flags = (k.F_DIRECTION if direction else 0) | (k.F_CROSS | self._hessian if cross else 0)

@@ -91,6 +91,7 @@ class MomentumOptimizer(ScopedOptimizer):
         return value
 
     def _step(self, loss: Tensor | float | None, grad_norm: Tensor | float | None) -> None:
+        self._updates.begin()
         scales, columns = self._scales(), self._columns()
         if grad_norm is None:
             squares = self._updates.squares(scales)

@@ -62,6 +62,9 @@ class TensorUpdates:
         self._blocks = [(block, slice(i, i + len(block.params))) for i, block in zip(starts, blocks, strict=True)]
         self._shared = shared
 
+    def begin(self) -> None:
+        """To be called first in each step."""
+
     def squares(self, scales: Sequence[Scale]) -> Tensor:
         """[n]."""
         return self._squares([effective_gradients(block, scales[span]) for block, span in self._blocks])
@@ -119,15 +122,19 @@ class FusedUpdates:
     def __init__(self, blocks: Sequence[Block], *, owner: str) -> None:
         self._table = KernelTable(blocks, {BUFFER: kernels.DIR, INITIAL: kernels.PREV}, owner=owner)
 
+    def begin(self) -> None:
+        """To be called first in each step."""
+        self._table.bind()
+
     def squares(self, scales: Sequence[Scale]) -> Array:
         """[n]."""
-        self._table.bind(scales)
+        self._table.scale(scales)
         return self._table.run(kernels.OP_GRADIENT)[:, 0]
 
     def both_squares(self) -> tuple[Array, Array]:
         """<g, g> and <p, p> of each parameter in one pass, g the gradient as it is: two of [n]."""
         table, column = self._table, kernels.DIR
-        table.bind([(1.0, 0.0)] * len(table.params))
+        table.scale([(1.0, 0.0)] * len(table.params))
         before = table.pointers[:, column].copy()
         table.pointers[:, column] = table.pointers[:, kernels.PARAM]  # p in the place of m
         sums = table.run(kernels.OP_GRADIENT, kernels.F_DIRECTION)
@@ -136,13 +143,13 @@ class FusedUpdates:
 
     def squared_distances(self) -> Array:
         """<p - q, p - q> with q where p started: [n]; only in a step that is finite."""
-        self._table.bind([(0.0, 1.0)] * len(self._table.params))  # p in the place of x
+        self._table.scale([(0.0, 1.0)] * len(self._table.params))  # p in the place of x
         return self._table.run(kernels.OP_DIFFERENCE)[:, 0]
 
     def move(self, scales: Sequence[Scale], move: Momentum, finite: Array) -> None:
         """Update parameters and buffers; only in a step that is *finite*."""
         k, c = kernels, self._table.coefficients
-        self._table.bind(scales)
+        self._table.scale(scales)
         columns = (k.BETA, k.GAIN, k.TAU, k.LOOK, k.KEEP)
         for column, values, neutral in zip(columns, move, _NEUTRAL, strict=True):
             c[:, column] = neutral if values is None else values

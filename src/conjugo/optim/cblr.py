@@ -245,6 +245,7 @@ class CBLR(ScopedOptimizer):
         return loss
 
     def _step(self) -> None:
+        self._updates.begin()
         old = Scalars(*self._columns()[:2])
         products = self._products(old.step) if self.estimator == "hutchinson" else None
         squares, measured = self._measured(products)
