@@ -58,14 +58,14 @@ class CGClassifier(ClassifierMixin, TabularCG):  # type: ignore[misc]
         random_state: seed of the starts and of the held-out part.
 
     Attributes:
-        classes_: the classes, sorted [K].
-        n_features_in_, feature_names_in_: columns in training; their names, if they all had one.
-        coefs_, intercepts_: weights [inputs, units] and biases [units] of each layer, for standardised columns.
-        mean_, scale_: what standardised the columns [d].
-        loss_, losses_: the objective of the start that was kept, and of all of them [n_init].
-        gradient_: largest component of the gradient in size, at the end. converged_: whether it is at most *tol*.
-        n_iter_: iterations of the start that was kept. n_eval_: evaluations of objective and gradient over all starts.
-        validation_loss_: mean loss of the held-out part, None without one.
+        ``classes_``: the classes, sorted [K].
+        ``n_features_in_``, ``feature_names_in_``: columns in training; their names, if they all had one.
+        ``coefs_``, ``intercepts_``: weights [inputs, units] and biases [units] of each layer, for standardised columns.
+        ``mean_``, ``scale_``: what standardised the columns [d].
+        ``loss_``, ``losses_``: the objective of the start that was kept, and of all of them [n_init].
+        ``gradient_``: largest component of the gradient in size, at the end. ``converged_``: whether it is at most *tol*.
+        ``n_iter_``: iterations of the start that was kept. ``n_eval_``: evaluations of objective and gradient over all starts.
+        ``validation_loss_``: mean loss of the held-out part, None without one.
 
     Raises:
         ValueError: in ``fit``, an argument is out of its range, a name is not known, X or y holds something that is not

@@ -38,9 +38,10 @@ class CGRegressor(MultiOutputMixin, RegressorMixin, TabularCG):  # type: ignore[
             start the iterate with the lowest held-out loss is kept, and the start whose one is lowest.
 
     Attributes:
-        n_features_in_, feature_names_in_, coefs_, intercepts_, mean_, scale_, loss_, losses_, gradient_, converged_,
-            n_iter_, n_eval_, validation_loss_: as in :class:`CGClassifier`; losses are those of standardised targets.
-        target_mean_, target_scale_: what standardised the targets [outputs].
+        ``n_features_in_``, ``feature_names_in_``, ``coefs_``, ``intercepts_``, ``mean_``, ``scale_``, ``loss_``, ``losses_``,
+            ``gradient_``, ``converged_``, ``n_iter_``, ``n_eval_``, ``validation_loss_``: as in :class:`CGClassifier`; losses
+            are those of standardised targets.
+        ``target_mean_``, ``target_scale_``: what standardised the targets [outputs].
 
     Raises:
         ValueError: in ``fit``, an argument is out of its range, a name is not known, or X or y holds something that is
