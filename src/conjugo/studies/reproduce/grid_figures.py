@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -33,8 +34,8 @@ def curves(result: GridStudyResult, axis: str) -> Figure:
             axes.set_xscale("log")
             axes.set_title(setting, fontsize=10)
             axes.set_xlabel(axis)
-        axeses[0].set_ylabel("validation accuracy (%)")
         axeses[0].set_ylim(0, 100)
+        figure.supylabel("validation accuracy (%)", fontsize=10)
         figure.legend(*axeses[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         return figure
 
@@ -47,15 +48,20 @@ def traces(lines: Mapping[str, Sequence[float]], quantity: str) -> Figure:
             axes.plot(range(1, len(values) + 1), values, color=color, linewidth=0.8)
             axes.set_title(name, fontsize=10)
             axes.set_xlabel("step")
-        axeses[0].set_ylabel(quantity)
+        figure.supylabel(quantity, fontsize=10)
         return figure
 
 
 @contextmanager
 def panels(n: int, *, shared: bool = True) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with *n* axes side by side, with *shared* heights, in the house style."""
+    """A figure with *n* axes, at most three side by side, with *shared* heights, in the house style."""
+    columns = n if n <= 3 else math.ceil(n / math.ceil(n / 3))
+    rows = math.ceil(n / columns)
     width, height = drawing.SMALL
-    with drawing.new_axes((width * n * 0.8 + 1.0, height)) as first:
+    with drawing.new_axes((width * columns * 0.8 + 1.0, height * rows)) as first:
         figure = drawing.figure_of(first)
         first.remove()
-        yield figure, list(figure.subplots(1, n, sharey=shared, squeeze=False)[0])
+        grid = figure.subplots(rows, columns, sharey=shared, squeeze=False).flatten()
+        for axes in grid[n:]:
+            axes.remove()
+        yield figure, list(grid[:n])
