@@ -311,3 +311,27 @@ def refused():
 
 def test_rows_that_are_cut_are_refused():
     assert all(ranks.run(2, refused))
+
+
+def clipped(layout):
+    """FRSGD with the norm that clipping has worked out."""
+    x, y = examples(8)
+    model = wrapped(layout)
+    if dist.is_initialized():
+        x, y = (share(t, dist.get_rank(), dist.get_world_size()) for t in (x, y))
+    optimizer, betas = FRSGD(model.parameters(), lr=0.05), []
+    for _ in range(6):
+        optimizer.zero_grad()
+        cross_entropy(model, (x, y)).backward()
+        optimizer.step(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+        betas.append(optimizer.last["beta"].item())
+    return betas
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_norm_from_clipping(layout):
+    torch.manual_seed(0)
+    wanted = clipped("alone")
+    assert len({round(beta, 3) for beta in wanted}) > 2  # clipping alone would make all norms equal
+    for found in ranks.run(2, clipped, layout):
+        assert found == pytest.approx(wanted, rel=1e-4)

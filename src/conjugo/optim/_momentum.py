@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from conjugo._space import is_dtensor
 from conjugo._tensors import Array, namespace
 from conjugo.errors import check
 from conjugo.optim._base import Group, check_lr, evaluate
@@ -45,10 +46,10 @@ class MomentumOptimizer(ScopedOptimizer):
         check(0 <= decay < math.inf, self._name, "weight_decay", decay, "in [0, inf)")
 
     @abstractmethod
-    def _decide_move(self, columns: list[Array], squares: Array, loss: Array, finite: Array) -> Decision:
+    def _decide_move(self, columns: list[Array], squares: Array) -> Decision:
         """What to do, given the scalars of the parameters that take part and their squared norms <x, x>, each [n].
 
-        finite: 0-d bool; what is decided where it is False has no effect.
+        Where the squares are not finite, what is decided has no effect.
         """
 
     @property
@@ -68,14 +69,13 @@ class MomentumOptimizer(ScopedOptimizer):
         self,
         closure: Callable[[], Any] | None = None,
         *,
-        loss: Tensor | float | None = None,
         grad_norm: Tensor | float | None = None,
     ) -> Any:
         """Update all parameters that have a gradient; returns the value of *closure* if one is given.
 
-        loss: the loss (mean over the batch), for a step size that needs it, if there is no closure. grad_norm: the
-        Euclidean norm of all gradients, where it is known already: ``torch.nn.utils.clip_grad_norm_`` returns it, from
-        before it clipped. It saves a pass over the gradients; only with scope "global".
+        grad_norm: the Euclidean norm of all gradients (on all ranks), where it is known already:
+        ``torch.nn.utils.clip_grad_norm_`` returns it, from before it clipped. It saves a pass over the gradients; only with
+        scope "global".
 
         If a gradient holds NaN or infinity (or is too large for its squared norm to be represented), nothing changes but the
         count in :attr:`skipped_steps`. Raises ``RuntimeError`` for sparse gradients.
@@ -83,31 +83,24 @@ class MomentumOptimizer(ScopedOptimizer):
         alone = grad_norm is None or self.scope == "global"
         check(alone, self._name, "grad_norm", grad_norm, f"None with scope={self.scope!r}")
         value = evaluate(closure)
-        loss = value if loss is None else loss
-        if self._rule.needs_loss and loss is None:
-            raise ValueError(f"{self._name}: this step size needs the loss: call step(closure) or step(loss=loss)")
         if self._prepare():
-            self._step(loss if self._rule.needs_loss else None, grad_norm)
+            self._step(grad_norm)
         return value
 
-    def _step(self, loss: Tensor | float | None, grad_norm: Tensor | float | None) -> None:
+    def _step(self, grad_norm: Tensor | float | None) -> None:
         self._updates.begin()
         scales, columns = self._scales(), self._columns()
         if grad_norm is None:
-            squares = self._updates.squares(scales)
-            squares, mean_loss = self._space.reduce_with_mean(squares, self._number(loss))
+            squares = self._space.reduce(self._updates.squares(scales))
         else:
-            squares, mean_loss = 0 * columns[0], self._number(loss)
+            squares = 0 * columns[0]
             squares[0] = self._number(grad_norm) ** 2
-        if not self._space.sharded and self._rule.needs_loss:
-            mean_loss = self._space.mean(mean_loss)  # each rank has its own, and a decision rests on what all have
-        xp = namespace(squares)
-        finite = xp.isfinite(squares.sum() + mean_loss)
+        finite = namespace(squares).isfinite(squares.sum())
         if self._on_host and not finite:
             self._count_skipped()
             self._last = self._last | {"skipped": ~finite}
             return
-        decision = self._decide_move(columns, squares, mean_loss, finite)
+        decision = self._decide_move(columns, squares)
         self._updates.move(scales, decision.move, finite)
         self._keep_scalars(decision.method, decision.rule, finite)
         self._last = {**decision.shown, "skipped": ~finite}
@@ -129,10 +122,12 @@ class MomentumOptimizer(ScopedOptimizer):
             scales += [(sign, decay)] * (span.stop - span.start)
         return scales
 
-    def _number(self, value: Tensor | float | None) -> Array:
-        """A number or a tensor with one element beside the scalars, without dimension; 0 for None."""
+    def _number(self, value: Tensor | float) -> Array:
+        """A number or a tensor with one element, on all ranks, beside the scalars, without dimension."""
+        if is_dtensor(value):
+            value = value.full_tensor()
         if self._on_host:
-            return 0.0 if value is None else float(value)
+            return float(value)
         if isinstance(value, Tensor):
             return value.detach().to(self._table, non_blocking=True).reshape(())
-        return torch.full((), 0.0 if value is None else value, dtype=self._table.dtype, device=self._table.device)
+        return torch.full((), value, dtype=self._table.dtype, device=self._table.device)

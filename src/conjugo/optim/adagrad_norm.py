@@ -197,7 +197,7 @@ class AdaGradNorm(MomentumOptimizer):
 
     # The step --------------------------------------------------------------------------------------------------------
 
-    def _decide_move(self, columns: list[Array], squares: Array, loss: Array, finite: Array) -> Decision:
+    def _decide_move(self, columns: list[Array], squares: Array) -> Decision:
         xp, lr = namespace(squares), self._per_parameter("lr")
         norm = {"grad_norm": xp.sqrt(self._pool(squares))}
         if self.scope == "row":

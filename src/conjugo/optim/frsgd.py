@@ -168,7 +168,7 @@ class FRSGD(MomentumOptimizer):
     def _method_start(self) -> Mapping[str, float]:
         return {"step": 0.0, "norm_sq_prev": 0.0, "lr_prev": 0.0}
 
-    def _decide_move(self, columns: list[Array], squares: Array, loss: Array, finite: Array) -> Decision:
+    def _decide_move(self, columns: list[Array], squares: Array) -> Decision:
         step, before, lr_before = columns[:3]
         xp, lr = namespace(squares), self._per_parameter("lr")
         norm, norm_before = self._pool(squares), self._pool(before)

@@ -267,6 +267,7 @@ class StepSizeController:
         self._steps = 0
         self._state = tuple(rule.start.values())
         self._norm = 0.0
+        self._space: ParamSpace | None = None
         self._loss: float | None = None
         self.step_size = math.nan
         """The factor on the groups' initial learning rates in the last step."""
@@ -286,7 +287,7 @@ class StepSizeController:
         params = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return
-        space = ParamSpace(params, group=self._group, owner="StepSizeController")
+        space = self._look_at(params)
         square = space.norm([p.grad for p in params if p.grad is not None]).square()
         if not math.isfinite(square):
             return
@@ -310,6 +311,13 @@ class StepSizeController:
                 group["lr"].fill_(lr * self.step_size)
             else:
                 group["lr"] = lr * self.step_size
+
+    def _look_at(self, params: list[Tensor]) -> ParamSpace:
+        """The space that *params* span; making one is collective and takes long, so it is kept while they are the same."""
+        known = [] if self._space is None else self._space.params
+        if self._space is None or len(known) != len(params) or any(a is not b for a, b in zip(known, params)):
+            self._space = ParamSpace(params, group=self._group, owner="StepSizeController")
+        return self._space
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule keeps, as plain numbers."""
