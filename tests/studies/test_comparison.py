@@ -217,6 +217,10 @@ def test_a_folder_without_results(tmp_path):
         ({"threads": 0}, "threads must be >= 1"),
         ({"train_limit": 1}, "train_limit must be None or >= 2"),
         ({"train": TrainConfig(steps=3)}, "train.steps must be None: the comparison sets it"),
+        (
+            {"train": TrainConfig(shard_state=True)},
+            "TrainConfig: shard_state must be False unless the optimizer is NLCG",
+        ),
         ({"train": TrainConfig(lr=0.1)}, "train.lr must be None"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -92,6 +92,10 @@ class CompareConfig:
         for name in _SET_BY_COMPARISON:
             value, default = getattr(self.train, name), getattr(usual, name)
             check(value == default, "CompareConfig", f"train.{name}", value, f"{default!r}: the comparison sets it")
+        for name in self.optimizers:
+            replace(
+                self.train, optimizer=name
+            )  # settings that do not go with an optimizer are refused now, not in its runs
 
     def _check_names(self) -> None:
         from conjugo.training import optimizers
