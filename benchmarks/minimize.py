@@ -27,7 +27,7 @@ LIMIT = 5_000
 
 @dataclass
 class Problem:
-    """A function of a float64 tensor; counts evaluations, and remembers how many it took until max |g| <= gtol."""
+    """A function of a float64 tensor; counts evaluations, and remembers max |g| at each and when it came to gtol."""
 
     name: str
     fun: Callable[[Tensor], Tensor]
@@ -35,6 +35,7 @@ class Problem:
     gtol: float
     count: int = 0
     reached: int | None = field(default=None)
+    sizes: list[float] = field(default_factory=list)
 
     def fresh(self) -> Problem:
         return Problem(self.name, self.fun, self.start, self.gtol)
@@ -49,7 +50,8 @@ class Problem:
 
     def note(self, gradient: Tensor) -> None:
         self.count += 1
-        if self.reached is None and gradient.abs().max() <= self.gtol:
+        self.sizes.append(gradient.abs().max().item())
+        if self.reached is None and self.sizes[-1] <= self.gtol:
             self.reached = self.count
         if self.count >= LIMIT:
             raise Spent
@@ -254,6 +256,37 @@ def _evaluations() -> None:
     columns = ("solver", "quadratic", "Rosenbrock 10", "Rosenbrock 100", "logistic", "digits MLP", "of SciPy CG")
     caption = "until max |g| <= 1e-6 (MLP: 1e-4); MLP: geometric mean of two starts; last: geometric mean over the five"
     show("Evaluations of function and gradient", columns, rows, caption)
+
+
+def picture(path: str) -> None:
+    """The smallest max |g| so far against evaluations, on Rosenbrock's function and the logistic regression, as PNG."""
+    from conjugo.studies import drawing
+    from conjugo.studies.reproduce.grid_figures import panels
+
+    names = {
+        "powell-beale": ours("powell-beale"),
+        "hs+": ours("hs+"),
+        "fr": ours("fr"),
+        "scg": ours("scg"),
+        "SciPy CG": of_scipy("CG"),
+        "SciPy L-BFGS-B": SOLVERS["SciPy L-BFGS-B, m = 10"],
+    }
+    chosen = [p for p in problems() if p.name in ("Rosenbrock, n = 100", "logistic, breast_cancer")]
+    with panels(len(chosen), shared=False) as (figure, axeses):
+        for axes, problem in zip(axeses, chosen):
+            for name, style in drawing.styles(tuple(names)).items():
+                run = problem.fresh()
+                names[name](run)
+                sizes = np.minimum.accumulate(run.sizes[: run.reached])
+                axes.plot(range(1, len(sizes) + 1), sizes, color=style.color, label=name)
+                axes.plot(len(sizes), sizes[-1], color=style.color, marker=style.marker, linestyle="none")
+            axes.set_yscale("log")
+            axes.set_title(problem.name, fontsize=10)
+            axes.set_xlabel("evaluations")
+        axeses[0].set_ylabel("smallest max |g| so far")
+        figure.legend(*axeses[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        with open(path, "wb") as file:
+            file.write(drawing.png(figure))
 
 
 def _mean(counts: list[float]) -> float:
