@@ -101,9 +101,8 @@ class ScopedOptimizer(Optimizer):
 
     def _fresh_scalars(self, p: Tensor) -> Tensor:
         scalars = torch.tensor(list(self._start.values()), dtype=wide_dtype(p.device), device=p.device)
-        if (
-            self._rule.needs_norm
-        ):  # once more before the first step, when all ranks are there and weights are what they will be
+        if self._rule.needs_norm:
+            # Once more before the first step: weights may be loaded until then, and sums over ranks are made there.
             scalars[-2] = _square(to_local(p.detach()))
         return scalars
 

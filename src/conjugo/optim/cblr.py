@@ -324,9 +324,8 @@ class CBLR(ScopedOptimizer):
             return old.curvature
         xp = namespace(measured)
         known = xp.isfinite(measured) & (measured > 0) & self._adapts
-        if (
-            self.estimator == "fisher"
-        ):  # all statistics are proportional: the average may be corrected for its start here
+        if self.estimator == "fisher":
+            # All statistics are proportional to their vector: the average may be corrected for its start here.
             measured = measured / (1 - self.ema ** (old.step + 1))
         if self.estimator in ("ratio", "fisher"):
             return xp.where(known, measured, 0.0)
