@@ -90,3 +90,29 @@ def test_bad_input_is_named():
         minimize_batch(lambda X: (X, X), STARTS)
     with pytest.raises(ValueError, match="unknown minimize_batch method 'powell'; did you mean 'powell-beale'"):
         minimize_batch(rosenbrock, STARTS, method="powell")
+
+
+LAYOUTS = {
+    "columns first": np.asfortranarray,
+    "backwards": lambda x: np.ascontiguousarray(x[:, ::-1])[:, ::-1],
+    "read only": lambda x: np.frombuffer(x.tobytes()).reshape(x.shape),
+    "transposed tensor": lambda x: torch.from_numpy(np.ascontiguousarray(x.T)).T,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_of_the_starts_does_not_matter(layout):
+    expected = minimize_batch(rosenbrock, STARTS)
+    found = minimize_batch(rosenbrock, LAYOUTS[layout](STARTS))
+    np.testing.assert_array_equal(np.asarray(found.x), expected.x)
+    np.testing.assert_array_equal(found.nfev, expected.nfev)
+
+
+def test_gradients_of_another_precision_are_converted():
+    def parabola(X):  # float64 gradients of float32 variables
+        return 0.5 * (X.double() ** 2).sum(1), X.double()
+
+    result = minimize_batch(parabola, torch.tensor([[3.0, -4.0], [1.0, 2.0]]))
+    assert result.success.all()
+    assert result.x.dtype == torch.float32
+    assert result.x.abs().max() <= 1e-5

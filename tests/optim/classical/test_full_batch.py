@@ -10,6 +10,7 @@ from torch import nn
 
 from conjugo.optim import FullBatchCG, minimize
 from conjugo.optim.classical import METHODS
+from conjugo.optim.classical.driver import Driver
 
 INPUTS = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 TARGETS = torch.sin(INPUTS.sum(1, keepdim=True))
@@ -223,3 +224,35 @@ def test_bad_parameters_are_named():
     optimizer = FullBatchCG([a])
     with pytest.raises(ValueError, match="FullBatchCG: closure must be a function that calls backward"):
         optimizer.step(lambda: a.sum())
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_a_step_after_an_interrupted_one_begins_where_the_parameters_are(turns, monkeypatch):
+    """Ctrl-C between the turn to a new direction, which prepares the next trial, and its evaluation."""
+    w = nn.Parameter(torch.tensor([3.0, -4.0, 2.0], dtype=torch.float64))
+    optimizer = FullBatchCG([w], max_iter=5)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w**4 + w**2).sum()
+        loss.backward()
+        seen.append(w.detach().clone())
+        return loss
+
+    measure, turned = Driver._measure, []
+
+    def interrupted(self, request):
+        turned.extend([True] if self._trial_ready else [])
+        if len(turned) == turns:
+            raise KeyboardInterrupt
+        return measure(self, request)
+
+    monkeypatch.setattr(Driver, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    monkeypatch.setattr(Driver, "_measure", measure)
+    there = w.detach().clone()
+    seen.clear()
+    optimizer.step(closure)
+    assert torch.equal(seen[0], there)

@@ -117,11 +117,12 @@ class _Lockstep:
     def __init__(self, options: Options, evaluate: Callable[..., tuple[Any, Any]], x0: Array, callback: Any) -> None:
         self.xp, self.options, self.evaluate, self.callback = namespace(x0), options, evaluate, callback
         self.norms = options.norms
-        self.fused = fused.RowProducts.of(x0, options.vectors)
         count, n = x0.shape
-        x0 = x0.detach() if isinstance(x0, Tensor) else x0
+        # Contiguous, as the kernels want it, whatever the layout of x0.
+        x0 = x0.detach().contiguous() if isinstance(x0, Tensor) else np.ascontiguousarray(x0)
         self.base, self.last, self.best = (x0 + 0.0 for _ in range(3))
-        self.table = self.xp.zeros_like(self.xp.stack([x0] * options.vectors, 1))
+        self.table = self.xp.zeros_like(self.xp.stack([self.base] * options.vectors, 1))
+        self.fused = fused.suits(torch.as_tensor(self.table))
         self.problems = []
         for row in range(count):
             memory = Memory()
@@ -180,8 +181,10 @@ class _Lockstep:
         shapes, wanted = (tuple(f.shape), tuple(g.shape)), ((len(self.problems),), tuple(self.base.shape))
         check(shapes == wanted, "minimize_batch", "fun", shapes, f"a function that returns the shapes {wanted}")
         table[:, LAST] = g
-        if self.fused is not None:
-            rows = [[value, *found] for value, found in zip(f.tolist(), self.fused.products(g, table), strict=True)]
+        if self.fused:
+            rows = [
+                [value, *found] for value, found in zip(f.tolist(), fused.products_of_each(table, LAST), strict=True)
+            ]
         else:
             columns = [f[:, None], (table @ g[:, :, None])[:, :, 0], xp.amax(xp.abs(g), axis=-1, keepdims=True)]
             rows = xp.concatenate(columns, axis=1).tolist()

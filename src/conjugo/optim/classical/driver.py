@@ -75,6 +75,7 @@ class Driver:
         """
         algorithm = self.options.algorithm(memory, self.points.shape[1], torch.finfo(self.points.dtype).eps)
         self.f, self.best = math.nan, self.base
+        self._trial_ready = False  # of an interrupted run
         try:
             return self._drive(algorithm, memory, after_iteration)
         except StopIteration:
@@ -97,7 +98,7 @@ class Driver:
                     after_iteration()
                 return Status(end.value.status)
             if request.turn is not None and self.fused and self.precondition is None:
-                self._turn_fused(request.turn, step, request)
+                self._turn_fused(request.turn, step, request.step, ready=not request.curvature)
             elif request.turn is not None:
                 self._turn(request.turn, step)
             if memory.iterations > seen:
@@ -196,8 +197,8 @@ class Driver:
             target.add_(table[rows.p_kept], alpha=turn.gamma)
         self.base = base
 
-    def _turn_fused(self, turn: Turn, step: float, request: Request) -> None:
-        """:meth:`_turn` in one pass, which also makes the trial point of *request*."""
+    def _turn_fused(self, turn: Turn, step: float, next_step: float, *, ready: bool) -> None:
+        """:meth:`_turn` in one pass, which also makes the point at *next_step*; *ready*: that is the next trial point."""
         table, rows, points = self.table, self.rows, self.points
         base, part = self.base, turn.part if turn.accept else 1.0
         if turn.accept:
@@ -219,12 +220,12 @@ class Driver:
             step=step,
             beta=turn.beta,
             gamma=turn.gamma,
-            next_step=request.step,
+            next_step=next_step,
         )
         if turn.keep:
             self.rows = rows._replace(p=rows.p_kept, p_kept=rows.p)
         self.base = base
-        self._trial_ready = not request.curvature
+        self._trial_ready = ready
 
 
 def table_products(table: Tensor, rows: list[int], v: Tensor) -> Tensor:

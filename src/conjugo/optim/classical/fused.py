@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from conjugo._tensors import CHUNK, Array
 from conjugo.optim._fused import SERIAL, kernels, share
 
-__all__ = ["RowProducts", "products", "suits", "turn"]
+__all__ = ["products", "products_of_each", "suits", "turn"]
 
 
 def suits(table: Tensor) -> bool:
@@ -27,30 +26,20 @@ def products(v: Tensor, rows: Sequence[Tensor]) -> list[float]:
     return _products(v.data_ptr(), addresses, v.numel(), double=v.dtype == torch.float64)
 
 
-class RowProducts:
-    """The same for many problems, whose vectors are rows of arrays or tensors."""
+def products_of_each(table: Array, row: int) -> list[list[float]]:
+    """:func:`products` for many problems: of row *row* of each table [vectors, n] with all rows of that table.
 
-    def __init__(self, *, size: int, vectors: int, double: bool) -> None:
-        self._size, self._vectors, self._double = size, vectors, double
-
-    @classmethod
-    def of(cls, x0: Array, vectors: int) -> Self | None:
-        """For problems with starts *x0* [S, n] and tables of so many vectors; None where the kernels do not suit."""
-        if not suits(torch.as_tensor(x0).contiguous()):
-            return None
-        return cls(size=x0.shape[1], vectors=vectors, double=str(x0.dtype).endswith("float64"))
-
-    def products(self, g: Array, table: Array) -> list[list[float]]:
-        """:func:`products` of each row of *g* [S, n] with those of *table* [S, vectors, n]: S lists."""
-        first, row = _address(table), self._size * (8 if self._double else 4)
-        copied = g.contiguous() if isinstance(g, Tensor) else np.ascontiguousarray(g, dtype=table.dtype)
-        start = _address(copied)
-        found = []
-        for i in range(len(copied)):
-            begin = first + i * self._vectors * row
-            rows = tuple(range(begin, begin + self._vectors * row, row))
-            found.append(_products(start + i * row, rows, self._size, double=self._double))
-        return found
+    table: [S, vectors, n], contiguous; a NumPy array or a tensor.
+    """
+    count, vectors, n = table.shape
+    double = str(table.dtype).endswith("float64")
+    first, width = _address(table), n * (8 if double else 4)
+    found = []
+    for i in range(count):
+        begin = first + i * vectors * width
+        rows = tuple(range(begin, begin + vectors * width, width))
+        found.append(_products(rows[row], rows, n, double=double))
+    return found
 
 
 def _address(array: Array) -> int:

@@ -60,7 +60,7 @@ def minimize(
         c1, c2: constants of the strong Wolfe conditions, 0 < c1 < c2 < 1 and c1 < 0.5: an accepted step lowers the value by
             c1 times the first-order change, and leaves at most c2 times the slope.
         precond: takes a gradient, returns P times it, with a fixed symmetric positive definite P, for example the inverse
-            of the Hessian's diagonal. Called once per evaluation. Not with ``"scg"``.
+            of the Hessian's diagonal. Called for each evaluation and each new direction. Not with ``"scg"``.
         curvature: for ``"scg"``: ``"difference"`` of two gradients, or ``"hvp"``, exact by automatic differentiation of
             the gradient, and better in float32. Either counts as an evaluation.
         callback: called with ``intermediate_result``, an ``OptimizeResult``, after each iteration. ``StopIteration`` ends
