@@ -197,7 +197,7 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(row):
 
     refused("size of optimizer's group", row.make(params[:2]).state_dict())
     refused("number of parameter groups", row.make([{"params": [p]} for p in params]).state_dict())
-    if row.vectors:
+    if row.vectors:  # else no state has the shape of its parameter
         refused("saved .* must be of shape", row.make(parameters((4, 3), (3,), (2, 3, 2))).state_dict())
     missing = copy.deepcopy(before[1])
     name = next(iter(missing["state"][1]))

@@ -71,7 +71,7 @@ def trained(layout):
         optimizer = grouped(name, params)
         for number in range(STEPS):
             step(params, layout, optimizer, number)
-        found[name] = entire(params)
+        found[name] = entire(params), getattr(optimizer, "last", {})
     return found
 
 
@@ -91,12 +91,17 @@ WORLDS = [
 @pytest.mark.parametrize(("world", "layout"), WORLDS)
 def test_every_layout_takes_the_steps_of_one_process(world, layout, alone):
     everyone = ranks.run(world, trained, layout)
-    for name, wanted in alone.items():
+    for name, (wanted, last) in alone.items():
         assert all(not torch.equal(p, q) for p, q in zip(wanted, fresh("whole"), strict=True))
         for found in everyone:
-            for p, q in zip(found[name], wanted, strict=True):
+            for p, q in zip(found[name][0], wanted, strict=True):
                 assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), name
-            assert all(torch.equal(p, q) for p, q in zip(found[name], everyone[0][name], strict=True))
+            assert found[name][1].keys() == last.keys()
+            for key, value in last.items():
+                torch.testing.assert_close(
+                    found[name][1][key], value, rtol=1e-6, atol=0, equal_nan=True, msg=f"{name}: {key}"
+                )
+            assert all(torch.equal(p, q) for p, q in zip(found[name][0], everyone[0][name][0], strict=True))
 
 
 def trained_model(layout):
@@ -156,7 +161,12 @@ def collectives(layout, name):
         ("fsdp", "adagrad-norm", 1),
         ("fsdp", "adagrad-norm, distance", 2),
         ("whole", "cblr", 0),
+        ("whole", "cblr, mean", 0),
+        ("whole", "cblr, max", 0),
+        ("whole", "cblr, secant", 0),
+        ("whole", "cblr, fisher", 0),
         ("fsdp", "cblr", 1),
+        ("fsdp", "cblr, mean", 1),
         ("fsdp", "cblr, max", 1),
         ("fsdp", "cblr, secant", 1),
         ("fsdp", "cblr, fisher", 1),

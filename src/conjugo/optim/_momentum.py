@@ -26,12 +26,12 @@ class Decision(NamedTuple):
     """What a method makes of the squared norms of a step; all arrays [n]."""
 
     move: Momentum
+    shown: dict[str, Array]
+    """Numbers for the caller."""
     method: tuple[Array, ...]
     """The method's new scalars."""
     rule: tuple[Array, ...] = ()
     """Those of the rule for the step size."""
-    shown: dict[str, Array] = {}  # noqa: RUF012
-    """Numbers for the caller."""
 
 
 class MomentumOptimizer(ScopedOptimizer):

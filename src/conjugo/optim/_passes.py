@@ -23,7 +23,7 @@ from torch import Tensor
 
 from conjugo._tensors import Array, wide_dtype
 from conjugo.optim._base import as_real
-from conjugo.optim._vectors import Scale, add, dots, effective_gradients, minus, scale, subtract
+from conjugo.optim._vectors import Scale, add, dots, effective_gradients, minus, plus, scale, subtract
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 
 __all__ = ["Move", "TensorPasses"]
@@ -131,8 +131,4 @@ class TensorPasses:
 def _replace(xs: list[Tensor], ys: list[Tensor], allowed: Tensor, foreach: bool) -> None:
     """x <- y where *allowed*, else x; y is 0 where it is not."""
     scale(xs, torch.logical_not(allowed).to(xs[0].dtype), foreach)
-    if foreach:
-        torch._foreach_add_(xs, ys)
-        return
-    for x, y in zip(xs, ys, strict=True):
-        x.add_(y)
+    plus(xs, ys, foreach)

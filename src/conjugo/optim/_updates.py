@@ -21,7 +21,7 @@ from torch import Tensor
 from conjugo._tensors import Array
 from conjugo.optim._base import as_real, state_dtype
 from conjugo.optim._fused import KernelTable, kernels
-from conjugo.optim._vectors import Scale, add, dots, effective_gradients, minus, scale
+from conjugo.optim._vectors import Scale, add, dots, effective_gradients, minus, plus, scale
 from conjugo.optim.preconditioners import Block
 
 __all__ = ["BUFFER", "INITIAL", "FusedUpdates", "Momentum", "TensorUpdates"]
@@ -109,7 +109,7 @@ class TensorUpdates:
                     scale(ms, beta, block.foreach)
                 if gain is not None:
                     scale(xs, gain, block.foreach)
-                _plus(ms, xs, block.foreach)
+                plus(ms, xs, block.foreach)
                 if tau is not None:
                     add(ps, ms, tau, block.foreach)
 
@@ -160,12 +160,3 @@ class FusedUpdates:
 def _parameters(block: Block) -> list[Tensor]:
     """This rank's pieces of the parameters, real, in the type of their state."""
     return [as_real(p).to(state_dtype(p)) for p in block.pieces()]
-
-
-def _plus(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> None:
-    """x <- x + y."""
-    if foreach:
-        torch._foreach_add_(xs, ys)
-        return
-    for x, y in zip(xs, ys, strict=True):
-        x.add_(y)

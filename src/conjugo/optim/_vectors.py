@@ -12,7 +12,7 @@ from conjugo._tensors import dot, wide_dtype
 from conjugo.optim._base import as_real, state_dtype
 from conjugo.optim.preconditioners import Block
 
-__all__ = ["Factor", "Scale", "add", "dots", "effective_gradients", "minus", "scale", "subtract"]
+__all__ = ["Factor", "Scale", "add", "dots", "effective_gradients", "minus", "plus", "scale", "subtract"]
 
 Scale = tuple[float | Tensor, float | Tensor]
 """x = first * gradient + second * parameter; numbers or 0-d tensors."""
@@ -40,7 +40,10 @@ def effective_gradients(block: Block, scales: Sequence[Scale]) -> list[Tensor]:
 
 
 def dots(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> Tensor:
-    """Parts of the sum of <x, y>, one for each pair, in float64; only their sum matters to those who share scalars."""
+    """Parts of the sum of <x, y>, one for each pair, in float64.
+
+    Each is <x, y> of its pair without *foreach*, and where both lists are the same object; else only their sum is exact.
+    """
     if not foreach:
         return torch.stack([dot(x, y) for x, y in zip(xs, ys, strict=True)])
     wide = wide_dtype(xs[0].device)
@@ -65,6 +68,15 @@ def scale(xs: list[Tensor], factor: Factor, foreach: bool) -> None:
         return
     for x, c in zip(xs, _one_each(factor, len(xs)), strict=True):
         x.mul_(c)
+
+
+def plus(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> None:
+    """x <- x + y."""
+    if foreach:
+        torch._foreach_add_(xs, ys)
+        return
+    for x, y in zip(xs, ys, strict=True):
+        x.add_(y)
 
 
 def subtract(xs: list[Tensor], ys: list[Tensor], foreach: bool) -> None:

@@ -124,7 +124,9 @@ class AdaGradNorm(MomentumOptimizer):
         if not given:
             first_step = FIRST_STEP
         if distance:
-            self.rule: StepSize = Distance(initial_distance=initial_distance, bounds=bounds, owner="AdaGradNorm")
+            self.rule: Distance | NormGrowth = Distance(
+                initial_distance=initial_distance, bounds=bounds, owner="AdaGradNorm"
+            )
         else:
             self.rule = NormGrowth(b0=b0, first_step=first_step, bounds=bounds, owner="AdaGradNorm")
         self.own_bias = own_bias
@@ -167,7 +169,9 @@ class AdaGradNorm(MomentumOptimizer):
         """b0 squared for each row, laid out over ranks as the rows are."""
         rows = to_local(p.detach())
         shape = rows.shape[:1] if p.ndim else (1,)
-        start = torch.full(shape, self.rule.b0**2, dtype=torch.float64, device=p.device)  # type: ignore[attr-defined]
+        assert isinstance(self.rule, NormGrowth)
+        assert self.rule.b0 is not None
+        start = torch.full(shape, self.rule.b0**2, dtype=torch.float64, device=p.device)
         if not is_dtensor(p):
             return start
         from torch.distributed.tensor import DTensor
@@ -192,7 +196,7 @@ class AdaGradNorm(MomentumOptimizer):
             return super()._lay_out(blocks)
         if self.fused:
             raise RuntimeError("AdaGradNorm: fused=True needs another scope than 'row'")
-        self._updates = _RowUpdates(blocks, own_bias=self.own_bias, bounds=self.rule.bounds)  # type: ignore[attr-defined]
+        self._updates = _RowUpdates(blocks, own_bias=self.own_bias, bounds=self.rule.bounds)
         return False
 
     # The step --------------------------------------------------------------------------------------------------------
@@ -201,13 +205,13 @@ class AdaGradNorm(MomentumOptimizer):
         xp, lr = namespace(squares), self._per_parameter("lr")
         norm = {"grad_norm": xp.sqrt(self._pool(squares))}
         if self.scope == "row":
-            return Decision(Momentum(tau=lr), (columns[0] + 1,), self._rule_state(columns), norm)
+            return Decision(Momentum(tau=lr), norm, (columns[0] + 1,), self._rule_state(columns))
         distance = None
         if self.rule.needs_distance:
             distance = self._space.reduce(self._updates.squared_distances())
         verdict = self._decide(columns, lr=lr, square=squares, distance=distance)
         shown = {"step_size": verdict.length, "b": xp.sqrt(verdict.state[0]), **norm}
-        return Decision(self._move(verdict.length, self._keep(verdict.length)), (columns[0] + 1,), verdict.state, shown)
+        return Decision(self._move(verdict.length, self._keep(verdict.length)), shown, (columns[0] + 1,), verdict.state)
 
     def _move(self, length: Array, keep: Array | None) -> Momentum:
         groups = self._active_groups

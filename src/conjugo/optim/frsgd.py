@@ -181,7 +181,7 @@ class FRSGD(MomentumOptimizer):
             anew = anew | (lr > JUMP * lr_before)
         beta = xp.where(anew, 0.0, beta)
         shown = {"beta": beta, "grad_norm": xp.sqrt(norm)}
-        return Decision(self._move(beta, lr), (step + 1, squares, lr), shown=shown)
+        return Decision(self._move(beta, lr), shown, (step + 1, squares, lr))
 
     def _move(self, beta: Array, lr: Array) -> Momentum:
         """m <- beta m + gain x, p <- keep p - tau m - look x in the form that each group wants."""

@@ -74,8 +74,12 @@ class StepSize(ABC):
 
     start: ClassVar[Mapping[str, float]] = {}
     needs_loss: ClassVar[bool] = False
-    needs_norm: bool = False
     needs_distance: ClassVar[bool] = False
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether it looks at the norm that the parameters had before the first step."""
+        return False
 
     @abstractmethod
     def __call__(self, seen: Seen, state: tuple[Array, ...]) -> Verdict:
@@ -138,7 +142,7 @@ class NormGrowth(StepSize):
         _check_bounds(self.owner, self.bounds)
 
     @property
-    def needs_norm(self) -> bool:  # type: ignore[override]
+    def needs_norm(self) -> bool:
         """With *first_step*."""
         return self.first_step is not None
 
@@ -147,7 +151,8 @@ class NormGrowth(StepSize):
         (squared,) = state
         xp = namespace(squared)
         if self.first_step is None:
-            first = self.b0 * self.b0 + seen.square  # type: ignore[operator]
+            assert self.b0 is not None
+            first = self.b0 * self.b0 + seen.square
         else:
             size = self.first_step * xp.where(seen.norm > 0, seen.norm, 1.0)
             first = seen.lr * seen.lr * seen.square / (size * size)
@@ -178,7 +183,6 @@ class Distance(StepSize):
     owner: str = field(default="Distance", repr=False)
 
     start: ClassVar[Mapping[str, float]] = {"b_squared": 0.0, "distance": 0.0}
-    needs_norm: ClassVar[bool] = True  # type: ignore[misc]
     needs_distance: ClassVar[bool] = True
     FLOOR: ClassVar[float] = 1e-8
 
@@ -188,6 +192,11 @@ class Distance(StepSize):
             0 < self.initial_distance < math.inf, self.owner, "initial_distance", self.initial_distance, "in (0, inf)"
         )
         _check_bounds(self.owner, self.bounds)
+
+    @property
+    def needs_norm(self) -> bool:
+        """Always."""
+        return True
 
     def __call__(self, seen: Seen, state: tuple[Array, ...]) -> Verdict:
         """The length of this step, the new sum of squares and the greatest distance."""

@@ -32,9 +32,10 @@ def test_products(n, dtype, threads):
         *sums, size = fused.products(table[2], list(table))
     finally:
         torch.set_num_threads(before)
-    exact = (table.double() @ table[2].double()).tolist()
+    exact = [math.fsum((row.double() * table[2].double()).tolist()) for row in table]
     scale = table.double().norm(dim=1).max().item() ** 2
-    assert sums == pytest.approx(exact, abs=scale * 64 * torch.finfo(dtype).eps)
+    # Runs of 512 products are summed in the type itself; at most 1.0 eps was seen.
+    assert sums == pytest.approx(exact, rel=0, abs=scale * 2 * torch.finfo(dtype).eps)
     assert size == table[2].abs().max().item()
 
 
@@ -105,8 +106,11 @@ def test_solvers_do_the_same_with_and_without(method, n, monkeypatch):
     monkeypatch.setattr(fused, "suits", lambda table: False)
     second = minimize(rosenbrock, start, method=method, max_eval=12)
     assert (first.nit, first.nfev) == (second.nit, second.nfev)
-    torch.testing.assert_close(first.x, second.x, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(first.jac, second.jac, rtol=1e-4, atol=1e-2)
+    # Other orders of summation differ in the last digit. The differences of gradients in scg divide that by a tiny step; the
+    # other methods only enlarge it by the condition of the valley. Gradients are some 1,000 times as far apart as points.
+    close = 1e-5 if method == "scg" else 1e-9
+    torch.testing.assert_close(first.x, second.x, rtol=close, atol=close)
+    torch.testing.assert_close(first.jac, second.jac, rtol=10 * close, atol=1000 * close)
 
 
 def test_who_can_be_worked_on(monkeypatch):

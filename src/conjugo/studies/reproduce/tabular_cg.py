@@ -26,7 +26,7 @@ from conjugo.errors import CorruptFile, DataUnavailable, check
 from conjugo.studies import statistics
 from conjugo.studies.reproduce import tabular_tables
 from conjugo.studies.reproduce.grids import open_folder, save
-from conjugo.studies.reproduce.paper import Claim, Paper, Request, Result, listed, new_table, sentences
+from conjugo.studies.reproduce.paper import Claim, NotRun, Paper, Request, listed, new_table, sentences
 from conjugo.studies.reproduce.tabular_problems import COUNTED, PROBLEMS, count, trace
 from conjugo.studies.reproduce.tabular_solvers import SOLVERS, FloatArray, Problem, Settings, evaluations_to
 from conjugo.studies.reproduce.tabular_tables import Table
@@ -462,40 +462,15 @@ class TabularResult:
 # ---- larger scales ----
 
 
-@dataclass(frozen=True)
-class Pointless:
-    """A scale at which there is nothing to do."""
-
-    scale: str
-
-    def tables(self) -> list[RenderableType]:
-        """None."""
-        return []
-
-    def text(self) -> str:
-        """Why."""
-        return (
-            f"Nothing was run: scale {self.scale!r} is pointless here. A table of 1,000 rows and a network of some hundred "
-            "weights take a tenth of a millisecond for an evaluation on one core; an accelerator would wait for its own "
-            "launches. Scale cpu is the full experiment."
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {"paper": "tabular-cg", "scale": self.scale, "text": self.text()}
-
-
-def pointless(scale: str) -> Callable[[Request], Result]:
-    """The function that answers for *scale*."""
-
-    def answer(request: Request) -> Pointless:
-        result = Pointless(scale)
-        if request.out is not None:
-            request.out.mkdir(parents=True, exist_ok=True)
-            save(result.to_dict(), {}, request.out)
-        return result
-
-    return answer
+def pointless(scale: str) -> NotRun:
+    """There is nothing to do at *scale*."""
+    return NotRun(
+        "tabular-cg",
+        scale,
+        f"Scale {scale!r} is pointless here. A table of 1,000 rows and a network of some hundred weights take a tenth of a "
+        "millisecond for an evaluation on one core; an accelerator would wait for its own launches. Scale cpu is the full "
+        "experiment.",
+    )
 
 
 PAPER = Paper(
