@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from conjugo._tensors import CHUNK, wide_dtype
-from conjugo.curvature._ranks import agree
+from conjugo.curvature._ranks import agree, same
 from conjugo.curvature.operator import Operator
 
 __all__ = [
@@ -102,8 +102,8 @@ def remove(basis: Tensor, x: Tensor) -> Tensor:
 def orthonormal(x: Tensor, tolerance: float, group: Any) -> tuple[Tensor, Tensor]:
     """Orthonormal rows Q [r, P] and R [r, k] (float64, CPU) with x = R.T @ Q, up to parts shorter than *tolerance*.
 
-    Gram-Schmidt in the order of the rows, each pass twice; a row that depends on those before it adds none to Q. The ranks of
-    *group* agree on which these are.
+    Gram-Schmidt in the order of the rows, each pass twice; a row that depends on those before it adds none to Q. All ranks of
+    *group* get the same.
     """
     q = torch.empty_like(x)
     r = torch.zeros(len(x), len(x), dtype=torch.float64)
@@ -120,7 +120,7 @@ def orthonormal(x: Tensor, tolerance: float, group: Any) -> tuple[Tensor, Tensor
             remove(q[:rank], q[rank : rank + 1])
             q[rank] /= float(norms(q[rank : rank + 1]))
             rank += 1
-    return q[:rank], r[:rank]
+    return same(q[:rank], r[:rank], group), agree(r[:rank], group)
 
 
 def products(op: Operator, rows: Tensor, owner: str) -> Tensor:

@@ -32,7 +32,7 @@ class ConditionNumber:
     largest: float
     """Largest size of an eigenvalue; at least this, where not exact."""
     smallest: float
-    """Smallest size of an eigenvalue above ``rtol * largest``; at most this, where not exact."""
+    """Smallest size of an eigenvalue above ``rtol * largest``; at most this, where not exact; infinite if none is known."""
     rtol: float
     n_matvec: int
     """Products that it took."""
@@ -108,8 +108,8 @@ def condition_number(
         sizes, doubts = ritz.values.abs(), ritz.residuals.clamp(min=4 * eps * krylov.scale)
     largest = float(sizes.max())
     counted = sizes - doubts > rtol * float((sizes + doubts).max())
-    smallest = min(float((sizes + doubts)[counted].min()), largest) if bool(counted.any()) else largest
-    value = largest / smallest if largest > 0 else math.nan
+    smallest = float((sizes + doubts)[counted].min()) if bool(counted.any()) else math.inf
+    value = max(1.0, largest / smallest) if largest > 0 else math.nan
     return ConditionNumber(value, exact, largest, smallest, rtol, op.n_matvec - before)
 
 
@@ -133,7 +133,7 @@ def gradient_alignment(
     """
     owner = "gradient_alignment"
     if gradient is None:
-        own = getattr(op, "gradient", None)
+        own: Any = getattr(op, "gradient", None)
         check(own is not None, owner, "gradient", None, f"given, as {type(op).__name__} has none of its own")
         gradient = own()
     check(tuple(gradient.shape) == (op.size,), owner, "the shape of gradient", tuple(gradient.shape), f"({op.size},)")

@@ -81,8 +81,8 @@ def trace(op: Operator, method: TraceMethod = "xtrace", matvecs: int = 30, *, se
 
     The standard error is that of the samples' spread; for ``"hutch++"`` of the last third of the products, which is all that
     is random once the large eigenvalues are found; for ``"xtrace"`` with what the samples have in common, as they share their
-    vectors. With a process group all ranks call this together and get the same. Raises ValueError for values out of range, UnknownName for another method,
-    FloatingPointError if a product is not finite.
+    vectors. With a process group all ranks call this together and get the same. Raises ValueError for values out of range,
+    UnknownName for another method, FloatingPointError if a product is not finite.
 
     >>> from conjugo.curvature import from_matvec
     >>> sizes = 1 / torch.arange(1.0, 1001.0, dtype=torch.float64) ** 2
