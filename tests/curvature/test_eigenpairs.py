@@ -208,7 +208,7 @@ def test_no_eigenvalue_beyond_those_found_is_overlooked_more_often_than_promised
 
 
 def test_the_chance_of_overlooking_a_copy_is_the_one_that_was_set(monkeypatch):
-    """A search that may be mistaken in 20 % of all cases is in so many where the next eigenvalue is near (100 seeds, +-3 sd)."""
+    """A search that may be wrong in 20 % of all cases is so where the next eigenvalue is near (100 seeds, 3 sd)."""
     monkeypatch.setattr(eigenpairs, "OVERLOOKED", 0.2)
     values = outliers(1.0, 1.0, 0.99, size=400)
     wrong = sum(float(eigsh(with_values(values), 2, seed=seed).values[1]) < 0.995 for seed in range(100))
