@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "conjugo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {"_files", "_space", "_tensors", "errors", "_version"}
-METHODS = {"optim", "distributed"}
+METHODS = {"optim", "distributed", "curvature"}
 ABOVE = {"training": METHODS | GROUND, "studies": {"training", "tabular"} | METHODS | GROUND}
 ABOVE["cli"] = {"studies", *ABOVE["studies"]}
 ALLOWED = {
