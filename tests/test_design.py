@@ -16,6 +16,7 @@ ABOVE = {"training": METHODS | GROUND, "studies": {"training", "tabular"} | METH
 ABOVE["cli"] = {"studies", *ABOVE["studies"]}
 ALLOWED = {
     **dict.fromkeys(METHODS, GROUND),
+    "optim": {"distributed"} | GROUND,
     "tabular": {"optim"} | GROUND,
     **ABOVE,
     **{room: {"_version"} for room in GROUND},

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
 from conjugo.optim._fused import kernels
+from conjugo.optim.curvature_preconditioners import Hutchinson
 
 CLAUSES = {
     "state from the start": "all state is allocated by the constructor",
@@ -44,6 +45,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     needs_loss: bool = False
     needs_graph: bool = False
+    needs_curvature: bool = False
     implementations: Sequence[Mapping[str, Any]] = ({"foreach": False}, {"foreach": True})
     errors: Sequence[tuple[Mapping[str, Any], str]] = ()
     exempt: Mapping[str, str] = field(default_factory=dict)
@@ -58,6 +60,9 @@ class Row:
         """One step; the gradients are there."""
         if self.needs_graph:
             _grow_graphs(optimizer)
+        if self.needs_curvature and optimizer.needs_curvature:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.observe([torch.full_like(p, 2 + 2j if p.is_complex() else 2.0) for p in params])
         optimizer.step(**({"loss": loss} if self.needs_loss else {}))
 
 
@@ -156,6 +161,7 @@ _NLCG = (
     ({"weight_decay": -1.0}, r"NLCG: weight_decay must be in \[0, inf\), got -1.0"),
     ({"lars": 0.0}, r"NLCG: lars must be None or in \(0, inf\), got 0.0"),
     ({"beta_max": 1.5}, r"NLCG: beta_max must be in \[0, 1\], got 1.5"),
+    ({"precond": "hutchison"}, "unknown NLCG precond 'hutchison'; did you mean 'hutchinson'"),
     ({"h0": 0.0}, "NLCG: h0 must be .*, got 0.0"),
     ({"h_bounds": (0.0, 1.0)}, r"NLCG: h_bounds must be \(low, high\) with 0 < low < high, got \(0.0, 1.0\)"),
 )
@@ -194,6 +200,7 @@ _TORCH = {
     "no host": "AdamW reads its step counter on the host unless capturable",
 }
 _FIXED_SET = "beta compares gradients of the same parameters, so a set that changes is refused"
+_LISTS = ({"foreach": False}, {"foreach": True})
 _ON_HOST = ({"foreach": False, "fused": False}, {"foreach": True, "fused": False}) + (
     ({"fused": True},) if kernels else ()
 )
@@ -214,7 +221,15 @@ def _scoped(name: str, factory: Callable[..., Optimizer], lr: float, vectors: in
     )
 
 
-def _nlcg(name: str, vectors: int, *, lr: float = 0.5, exempt: Mapping[str, str] | None = None, **options: Any) -> Row:
+def _nlcg(
+    name: str,
+    vectors: int,
+    *,
+    lr: float = 0.5,
+    exempt: Mapping[str, str] | None = None,
+    needs: str | None = None,
+    **options: Any,
+) -> Row:
     searching = options.get("line_search", "none") != "none"
     return Row(
         name=f"NLCG {name}",
@@ -223,7 +238,9 @@ def _nlcg(name: str, vectors: int, *, lr: float = 0.5, exempt: Mapping[str, str]
         vectors=vectors,
         options=options,
         needs_loss=searching,
-        implementations=_ON_HOST,
+        needs_graph=needs == "graph",
+        needs_curvature=needs == "curvature",
+        implementations=_LISTS if needs else _ON_HOST,
         errors=() if options else _NLCG,
         exempt={"stays without gradient": _FIXED_SET} | dict(exempt or {}),
     )
@@ -336,6 +353,30 @@ ROWS = (
             "stays without gradient": "the gradient counts as zero, and the direction goes on",
             "no gradient, no step": "all gradients count as zero then",
         },
+    ),
+    _nlcg(
+        "hutchinson",
+        2,
+        precond=Hutchinson(every=2),
+        needs="graph",
+        exempt={"gradients will do": "gradients need a graph", "no host": "the host decides when to measure"},
+    ),
+    _nlcg(
+        "hutchinson pr per tensor",
+        3,
+        precond=Hutchinson(probes=2, positive="rms", newton=True),
+        rule="pr",
+        scope="tensor",
+        weight_decay=1e-4,
+        needs="graph",
+        exempt={"gradients will do": "gradients need a graph", "no host": "the host decides when to measure"},
+    ),
+    _nlcg(
+        "gauss-newton",
+        2,
+        precond="gauss-newton",
+        needs="curvature",
+        exempt={"gradients will do": "curvature must be measured", "no host": "the host decides when to measure"},
     ),
     _nlcg("restarts", 3, restart_on_ascent=True, beta_max=0.9, weight_decay=1e-4),
 )

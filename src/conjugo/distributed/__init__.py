@@ -12,7 +12,7 @@ from conjugo.distributed.batch_norm import average_statistics, sync_batch_norm, 
 from conjugo.distributed.checkpoint import Checkpointer, PerRank, RandomState, export_step, export_weights
 from conjugo.distributed.environment import Env, init, rank, reported_errors, shutdown, where, world_size
 from conjugo.distributed.health import ReplicaCheck, StragglerMonitor
-from conjugo.distributed.hessian import curvature_along, hvp
+from conjugo.distributed.hessian import curvature_along, hvp, vjp
 from conjugo.distributed.launch import launch
 from conjugo.distributed.sampler import GlobalBatchSampler, micro_batches, share
 from conjugo.distributed.virtual_batch import VirtualBatch, gradient_sync
@@ -41,6 +41,7 @@ __all__ = [
     "share",
     "shutdown",
     "sync_batch_norm",
+    "vjp",
     "warn_of_small_micro_batch",
     "where",
     "world_size",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from conjugo._tensors import dot
 from conjugo.distributed.virtual_batch import Loss, group_of, parameters_of, sharded_modules
 from conjugo.errors import check
 
-__all__ = ["curvature_along", "hvp"]
+__all__ = ["curvature_along", "hvp", "vjp"]
 
 Mode = Literal["auto", "autograd", "functional", "fd"]
 
@@ -99,6 +99,38 @@ def curvature_along(
     pairs = zip(vec, products, strict=True)
     (total,) = _summed([torch.stack([dot(v.detach(), product) for v, product in pairs]).sum()], process_group)
     return total
+
+
+def vjp(
+    model: nn.Module, inputs: Any, vector: Callable[[Tensor], Tensor], *, process_group: Any = None
+) -> list[Tensor]:
+    """J^T u added up over all ranks, laid out like the parameters: one forward and one backward pass. Collective.
+
+    J is the derivative of this rank's ``model(inputs)``, a tensor, and u = ``vector(outputs)`` of its shape. *model*, what it
+    keeps and *process_group* as for :func:`hvp`.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> vjp(model, torch.eye(2), lambda outputs: torch.tensor([[1.0], [3.0]]))
+    [tensor([[1., 3.]])]
+    """
+    params, group = parameters_of(model), group_of(model, process_group)
+    with _unchanged(model, params), torch.enable_grad():
+        if not any(is_dtensor(p) for p in params):
+            model = getattr(model, "_orig_mod", model)
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                model = model.module
+            outputs, free = model(inputs), [p for p in params if p.requires_grad]
+            grads: Sequence[Tensor | None] = torch.autograd.grad(outputs, free, vector(outputs), allow_unused=True)
+            found = dict(zip(free, grads, strict=True))
+        else:
+            for p in params:
+                p.grad = None
+            outputs = model(inputs)
+            factor = dist.get_world_size(group) if _several(group) else 1  # FSDP2 takes means
+            outputs.backward(vector(outputs) * factor)
+            found = {p: p.grad for p in params}
+        results = [torch.zeros_like(p) if (grad := found.get(p)) is None else grad.detach() for p in params]
+    return results if any(is_dtensor(p) for p in params) else _summed(results, group)
 
 
 def _resolved(model: nn.Module, vec: Sequence[Tensor], mode: Mode, group: Any) -> tuple[list[nn.Parameter], Mode, Any]:

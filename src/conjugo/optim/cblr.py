@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from conjugo._space import is_dtensor, to_local
+from conjugo._space import to_local
 from conjugo._tensors import CHUNK, Array, namespace
 from conjugo.errors import check
-from conjugo.optim._base import Group, as_real, check_lr, copy, evaluate, state_dtype, zeros_for
+from conjugo.optim._base import Group, as_real, check_lr, evaluate, state_dtype, zeros_for
+from conjugo.optim._products import drop_graphs, hessian_products, signs
 from conjugo.optim._scoped import ScopedOptimizer
 from conjugo.optim._updates import BUFFER, FusedUpdates, Momentum, TensorUpdates
 from conjugo.optim.curvature_statistics import (
@@ -392,17 +393,9 @@ class CBLR(ScopedOptimizer):
                     f"{self._name}: estimator='hutchinson' needs gradients with a graph in this step: use "
                     "backward(create_graph=True), in the closure of step(closure) or before step(); see needs_graph"
                 )
-            number = int(steps.max())
-            signs = [_signs(p, number, i) for i, p in enumerate(self._active)]
-            pairs = [(g, v) for g, v in zip(grads, signs, strict=True) if g.requires_grad]
-            outputs, vectors = zip(*pairs)
-            found = torch.autograd.grad(outputs, self._active, vectors, allow_unused=True)
-            products = [
-                as_real(to_local(torch.zeros_like(p) if hv is None else hv)) for p, hv in zip(self._active, found)
-            ]
-        for p, g in zip(self._active, grads, strict=True):
-            if g.requires_grad:  # graph and parameters hold each other otherwise
-                p.grad = g.detach()
+            vectors = [signs(p, int(steps.max()), i) for i, p in enumerate(self._active)]
+            products = [as_real(to_local(hv)) for hv in hessian_products(self._active, grads, vectors)]
+        drop_graphs(self._active)
         return products
 
     # Layout ----------------------------------------------------------------------------------------------------------
@@ -495,18 +488,3 @@ def _names(group: Group, indices: Sequence[int]) -> list[str | None]:
     """Of the parameters of *group* at *indices*; None where they were given without."""
     names = group.get("param_names")
     return [None if names is None else names[i] for i in indices]
-
-
-def _signs(p: Tensor, step: int, index: int) -> Tensor:
-    """Random signs laid out like *p*, for complex ones in both parts; they depend on nothing else than the numbers."""
-    seed = (1_000_003 * step + index) % 2**32  # all bits that the generators of CPUs look at
-    generator = torch.Generator(p.device).manual_seed(seed)
-    shape = (*p.shape, 2) if p.is_complex() else p.shape
-    bits = torch.randint(0, 2, shape, generator=generator, device=p.device, dtype=torch.int8)
-    signs = (2 * bits - 1).to(state_dtype(p) if p.is_complex() else p.dtype)
-    whole = torch.view_as_complex(signs) if p.is_complex() else signs
-    if not is_dtensor(p):
-        return whole
-    piece = torch.empty_like(p)
-    copy(piece, whole)
-    return piece

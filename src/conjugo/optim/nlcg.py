@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from conjugo._space import Slices, is_dtensor
-from conjugo._tensors import Array, dot, namespace
+from conjugo._tensors import Array, dot, namespace, wide_dtype
 from conjugo.errors import check
 from conjugo.optim._base import Group, as_real, check_lr, evaluate, state_dtype, zeros_for
 from conjugo.optim._fused import FusedPasses
 from conjugo.optim._passes import Move, TensorPasses
+from conjugo.optim._products import drop_graphs, hessian_products
 from conjugo.optim._scoped import ScopedOptimizer
 from conjugo.optim._vectors import Scale
 from conjugo.optim.betas import RULES, Products, ratio
+from conjugo.optim.curvature_preconditioners import CurvatureDiagonal, GaussNewtonDiagonal, Hutchinson
 from conjugo.optim.line_search import LineSearch
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 from conjugo.optim.step_sizes import Constant, StepSize, Verdict
@@ -83,7 +85,9 @@ class NLCG(ScopedOptimizer):
         lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. A good one for SGD with momentum is a good start.
         rule: ``"fr"`` (Fletcher-Reeves: a momentum that adapts) or ``"pr"`` (Polak-Ribiere: without an exact line
             search :math:`\beta` is 0 in most steps, so it is close to gradient descent).
-        precond: ``"bfgs"``, ``"none"``, or a :class:`~conjugo.optim.preconditioners.Preconditioner`.
+        precond: ``"bfgs"``; ``"none"``; ``"hutchinson"`` or ``"gauss-newton"``, the diagonal of the Hessian or of the
+            Gauss-Newton matrix, which must be measured every few steps (:attr:`needs_curvature`, :meth:`measure`); or a
+            :class:`~conjugo.optim.preconditioners.Preconditioner`.
         line_search: ``"none"``; ``"online"`` or ``"step"``: when the loss grows against its running average (in every
             step; every *period* steps), the learning rate is reduced and a part of the last move is taken back. Needs the
             loss of each step: ``step(closure)`` or ``step(loss=loss)``. Or a
@@ -123,7 +127,8 @@ class NLCG(ScopedOptimizer):
         maximize: ascend instead of descend.
 
     State, for every parameter from the start: ``direction``; ``grad_prev`` with ``"bfgs"`` or ``"pr"``; ``h`` with
-    ``"bfgs"`` (float32, or float64 for float64 parameters); ``scalars``, float64.
+    ``"bfgs"``, ``curvature`` with ``"hutchinson"`` and ``"gauss-newton"`` (float32, or float64 for float64 parameters);
+    ``scalars``, float64.
 
     Gradient clipping to a fixed norm makes the Fletcher-Reeves :math:`\beta` 1 in every step: set *beta_max* then.
 
@@ -131,7 +136,7 @@ class NLCG(ScopedOptimizer):
         ValueError: an argument is out of its range, the line search gets no loss, or ranks have different parameters.
         TypeError: a parameter is of an integer type.
         RuntimeError: a gradient is sparse; parameters lie on several devices; the set of parameters with a gradient changed
-            and *allow_missing* is not set.
+            and *allow_missing* is not set; the curvature is due and was not measured.
 
     Source: S. Adya, V. Palakkode, O. Tuzel, "Nonlinear Conjugate Gradients For Scaling Synchronous Distributed DNN
     Training", arXiv:1812.02886.
@@ -160,6 +165,8 @@ class NLCG(ScopedOptimizer):
         "shard_state",
     )
     _slices: Slices | None = None  # made when first needed, also after unpickling
+    _estimates: Mapping[Tensor, Tensor]  # of the curvature, for the next step
+    _wait: int  # steps for which no curvature is due, so that the host need not look
 
     def __init__(
         self,
@@ -167,7 +174,7 @@ class NLCG(ScopedOptimizer):
         lr: float | Tensor = 0.1,
         *,
         rule: Literal["fr", "pr"] = "fr",
-        precond: Literal["bfgs", "none"] | Preconditioner = "bfgs",
+        precond: Literal["bfgs", "none", "hutchinson", "gauss-newton"] | Preconditioner = "bfgs",
         line_search: Literal["none", "online", "step"] | StepSize = "none",
         period: int = 5,
         threshold: float = 1.0,
@@ -265,6 +272,8 @@ class NLCG(ScopedOptimizer):
 
     def _state_replaced(self) -> None:
         self._last = {}
+        self._estimates = {}
+        self._wait = 0
         super()._state_replaced()
 
     # What the caller may look at ---------------------------------------------------------------------------------------
@@ -285,6 +294,143 @@ class NLCG(ScopedOptimizer):
         root = namespace(gg).sqrt
         shown |= {"rho": rho, "cosine": ratio(-gd, root(gg) * root(dd))}
         return self._shown(shown)
+
+    # Curvature ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether the next step needs a measurement of the curvature: :meth:`measure`, :meth:`observe`, or, with
+        ``precond="hutchinson"`` and a model that is no DDP or FSDP2, gradients with a graph.
+
+        The same on all ranks. Waits for the device in about one of *every* steps. False with all other preconditioners.
+        """
+        if not isinstance(self.precond, CurvatureDiagonal) or self._estimates or self._wait:
+            return False
+        params = self._active or [p for group in self.param_groups for p in group["params"]]
+        counts = torch.stack([self.state[p]["estimates"] for p in params])
+        steps = torch.stack([self.state[p]["scalars"][0] for p in params])
+        unknown = (counts == 0).to(steps)  # the first estimate was not finite, or the parameter has joined later
+        oldest, some, late = torch.stack([steps.max(), unknown.max(), (unknown * steps).max()]).tolist()
+        wait = 0 if late else int(-oldest % self.precond.every)
+        self._wait = wait if self._active and not some else 0
+        return wait == 0
+
+    def measure(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Any], Tensor],
+        inputs: Any,
+        targets: Any,
+        *,
+        weight: float | None = None,
+    ) -> None:
+        """Measure the curvature of ``loss_fn(model(inputs), targets)`` where the parameters are, for the next step. Collective.
+
+        model: with all parameters of this optimizer; plain, compiled, DDP, or with ``fully_shard``. Its parameters, gradients
+        and buffers and the random numbers of the process stay what they are. loss_fn: gives this rank's mean loss, 0-d.
+        inputs, targets: this rank's batch, or a part of it; what serves for the gradient will do. weight: how much this rank's
+        loss counts; None: ``len(inputs)``.
+
+        Raises ValueError where the preconditioner measures no curvature or *model* lacks a parameter.
+        """
+        from conjugo.distributed.virtual_batch import group_of, parameters_of
+
+        precond = self._curvature()
+        params = [p for group in self.param_groups for p in group["params"]]
+        known = set(parameters_of(model))
+        lacking = [i for i, p in enumerate(params) if p not in known]
+        check(not lacking, "NLCG", "model", f"one without parameters {lacking}", "a model with all parameters")
+        step = int(max(self.state[p]["scalars"][0].item() for p in params))
+        estimates = precond.estimate(
+            model,
+            loss_fn,
+            inputs,
+            targets,
+            params=params,
+            step=step,
+            weight=float(len(inputs)) if weight is None else weight,
+            group=group_of(model, self.process_group),
+        )
+        self.observe(estimates)
+
+    def observe(self, estimates: Sequence[Tensor]) -> None:
+        """Take *estimates* of the diagonal of the Hessian for the next step, from wherever they are.
+
+        One for each parameter of the optimizer, of its shape and layout, the same on all ranks; for complex parameters the
+        curvature along both parts, as complex numbers. If there is NaN or infinity in one of them, they are left out, and
+        counted in :attr:`skipped_estimates`. Raises ValueError for estimates that do not fit.
+        """
+        self._curvature()
+        params = [p for group in self.param_groups for p in group["params"]]
+        found, wanted = [tuple(e.shape) for e in estimates], [tuple(p.shape) for p in params]
+        check(found == wanted, "NLCG", "shapes of estimates", found, f"those of the parameters, {wanted}")
+        self._estimates = {p: e.detach() for p, e in zip(params, estimates, strict=True)}
+
+    @property
+    def skipped_estimates(self) -> Tensor:
+        """Measurements of the curvature that were left out because they were not finite: 0-d int64, on the device."""
+        self._curvature()
+        counts = [self.state[p]["bad_estimates"] for group in self.param_groups for p in group["params"]]
+        return torch.stack(counts).max().to(torch.int64)
+
+    def _curvature(self) -> CurvatureDiagonal:
+        name = type(self.precond).__name__
+        accepted = "'hutchinson', 'gauss-newton' or another CurvatureDiagonal to measure curvature"
+        check(isinstance(self.precond, CurvatureDiagonal), "NLCG", "precond", name, accepted)
+        assert isinstance(self.precond, CurvatureDiagonal)
+        return self.precond
+
+    def _find_curvature(self) -> None:
+        """Where a measurement is due and was not made, make it of gradients with a graph, or raise RuntimeError."""
+        precond = self.precond
+        if isinstance(precond, CurvatureDiagonal):
+            if self.needs_curvature:
+                graph = precond.uses_graph and any(p.grad.requires_grad for p in self._active if p.grad is not None)
+                if not graph:
+                    other = ", or backward(create_graph=True) before step()" if precond.uses_graph else ""
+                    raise RuntimeError(
+                        f"NLCG: precond={type(precond).__name__} needs the curvature in this step: call measure(model, "
+                        f"loss_fn, inputs, targets) before step() where needs_curvature is true{other}"
+                    )
+                self._estimates = self._of_graph(precond)
+            self._wait = max(0, self._wait - 1)
+            drop_graphs(self._active)
+
+    def _of_graph(self, precond: CurvatureDiagonal) -> Mapping[Tensor, Tensor]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in self._active if p.grad is not None]
+        step = int(self._table[:, 0].max())
+        with torch.enable_grad():
+            probes = [dict(zip(params, probe, strict=True)) for probe in precond.probes_of(params, step)]
+            vectors = [[probe[p] for p in self._active] for probe in probes]
+            products = [hessian_products(self._active, grads, v, retain=v is not vectors[-1]) for v in vectors]
+        return dict(zip(self._active, precond.of_products(vectors, products), strict=True))
+
+    def _learn(self, scales: Sequence[Scale], finite: Array) -> None:
+        """Let the preconditioner learn from the estimates. Collective if sharded."""
+        precond, space = self._curvature(), self._space
+        news, sums, sizes = [], [], []
+        start = 0
+        for block in self._measured_blocks:
+            dtype = block.state("curvature")[0].dtype
+            factors = scales[start : start + len(block.params)]
+            start += len(block.params)
+            pieces = [as_real(block.local(precond.averaged(self._estimates[p]))).to(dtype) for p in block.params]
+            block.curvature = [(e * a).to(dtype) for e, (a, _) in zip(pieces, factors, strict=True)]
+            news.append(precond.mixed(block))
+            block.curvature = []
+            wide = wide_dtype(pieces[0].device)
+            sums += [precond.sizes(x).sum(dtype=wide) for x in news[-1]]
+            sizes += [float(p.numel() * (2 if p.is_complex() else 1)) for p in block.params]
+        totals = space.reduce(torch.stack(sums)[None])[0]
+        good = torch.isfinite(totals.sum())
+        numbers = torch.tensor(sizes, dtype=totals.dtype).to(totals.device, non_blocking=True)
+        means = self._pool(totals) / self._pool(numbers).clamp(min=1.0)
+        start = 0
+        for block, new in zip(self._measured_blocks, news, strict=True):
+            precond.learn(block, new, means[start : start + len(new)], good=good, finite=finite)
+            start += len(new)
+        self._estimates = {}
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -308,6 +454,7 @@ class NLCG(ScopedOptimizer):
             )
         value = evaluate(closure)
         if self._prepare():
+            self._find_curvature()
             self._step(value if loss is None else loss)
         return value
 
@@ -320,8 +467,9 @@ class NLCG(ScopedOptimizer):
         lr = self._per_parameter("lr")
 
         # First sum over ranks.
+        scales = self._scales()
         parts = passes.gradient(
-            self._scales(),
+            scales,
             direction=self.precond.learns_from_steps or self.restart_on_ascent or space.sharded,
             cross=self.rule == "pr",
             fresh=old.step <= 1,
@@ -337,6 +485,8 @@ class NLCG(ScopedOptimizer):
         tau = lr * self._base(columns) if self.mode == "reference" else old.tau
         sums = self._pooled(old, tau, xx, xd, cross, old_dd)
         secant = self._secant(old, sums, finite, change)
+        if self._estimates:
+            self._learn(scales, finite)
         # Second sum over ranks, which needs the results of the first one: the preconditioner has changed.
         products = passes.precondition(secant, fresh=first).T
         if isinstance(self.precond, Identity):
@@ -503,6 +653,8 @@ class NLCG(ScopedOptimizer):
 
     def _lay_out(self, blocks: list[Block]) -> bool:
         self._passes: TensorPasses | FusedPasses
+        self._wait = 0
+        self._measured_blocks = blocks
         if self._use_kernels(blocks, self.precond):
             self._passes = FusedPasses(blocks, self.precond)
         else:
@@ -515,8 +667,14 @@ class NLCG(ScopedOptimizer):
         built_in = DiagonalBFGS(h0=h0, bounds=bounds, reference=self.mode == "reference")
         if isinstance(precond, Preconditioner):
             return precond
-        self._check_name("precond", precond, ("bfgs", "none"))
-        return built_in if precond == "bfgs" else Identity()
+        known = {
+            "bfgs": built_in,
+            "none": Identity(),
+            "hutchinson": Hutchinson(),
+            "gauss-newton": GaussNewtonDiagonal(),
+        }
+        self._check_name("precond", precond, tuple(known))
+        return known[precond]
 
     def _step_size(self, line_search: str | StepSize, period: int, threshold: float) -> StepSize | None:
         if isinstance(line_search, StepSize):

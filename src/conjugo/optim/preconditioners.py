@@ -36,6 +36,8 @@ class Block:
     """This rank's piece of a parameter or of its gradient."""
     gradients: list[Tensor] = field(default_factory=list)
     """As the method sees them (scaled, with weight decay), in the type of the state; all 0 in a step that is skipped."""
+    curvature: list[Tensor] = field(default_factory=list)
+    """Estimates of the diagonal of the Hessian, as the method sees it, where the preconditioner learns from such."""
 
     def pieces(self) -> list[Tensor]:
         """This rank's pieces of the parameters, on their memory."""
