@@ -22,6 +22,8 @@ def test_the_names():
         "nlcg-step",
         "nlcg-fr",
         "nlcg-pr",
+        "nlcg-hutchinson",
+        "nlcg-gauss-newton",
         "sgd",
         "momentum",
         "nesterov",
@@ -47,6 +49,8 @@ def test_each_one_lowers_a_loss(name):
         loss = (w.square() * torch.tensor([1.0, 3.0])).sum() / 2
         loss.backward()
         losses.append(loss.item())
+        if getattr(optimizer, "needs_curvature", False):
+            optimizer.observe([torch.tensor([1.0, 3.0]).expand(2, 2)])
         optimizer.step(**({"loss": loss.detach()} if entry(name).needs_loss else {}))
     assert losses[-1] < 0.99 * losses[0]
 

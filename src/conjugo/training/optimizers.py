@@ -77,6 +77,8 @@ _ENTRIES = (
     _nlcg("nlcg-step", rule="fr", precond="bfgs", line_search="step"),
     _nlcg("nlcg-fr", rule="fr", precond="none"),
     _nlcg("nlcg-pr", rule="pr", precond="bfgs"),
+    _nlcg("nlcg-hutchinson", rule="fr", precond="hutchinson"),
+    _nlcg("nlcg-gauss-newton", rule="fr", precond="gauss-newton"),
     Entry(name="sgd", factory=SGD, lr=0.1, lr_range=(0.01, 10.0)),
     Entry(name="momentum", factory=SGD, lr=0.1, lr_range=(0.01, 10.0), second=_MOMENTUM, options={"momentum": 0.9}),
     Entry(

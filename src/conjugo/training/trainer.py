@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,8 @@ class Trainer:
         """Draw a batch, sum the gradients of its micro-batches, and take one step of the optimizer."""
         batch = self.train_data.draw(self._next_batch())
         self.optimizer.zero_grad()
+        if getattr(self.optimizer, "needs_curvature", False):
+            self._measure_curvature(batch)
         if self.discard is None:
             batch_loss = self._of_all_workers(self._backward(batch))
         else:
@@ -242,6 +245,13 @@ class Trainer:
             if restart is not None:  # what it has learnt from other batches does not hold for these
                 restart()
         return indices
+
+    def _measure_curvature(self, batch: Tensor) -> None:
+        """Collective: let the optimizer measure the curvature, in float32, on each worker's first micro-batch of *batch*."""
+        rows, count = self._parts_of(len(batch))[0]
+        inputs, targets = self.train_data.take(batch[rows])
+        loss_fn = partial(F.cross_entropy, label_smoothing=self.config.label_smoothing)
+        self.optimizer.measure(self.spread, loss_fn, inputs, targets, weight=count)  # type: ignore[attr-defined]
 
     def _backward(self, batch: Tensor) -> Tensor:
         """The gradient of the mean loss of *batch*, a whole one or a part of it; the losses (0-d) of this worker's share."""
