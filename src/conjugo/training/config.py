@@ -16,12 +16,13 @@ from conjugo.optim import NLCG
 from conjugo.optim.schedules import LRScaling
 from conjugo.training import models, optimizers
 
-__all__ = ["DiscardForward", "Parallel", "Precision", "Schedule", "TrainConfig", "TrainResult", "finite"]
+__all__ = ["BNMode", "DiscardForward", "Parallel", "Precision", "Schedule", "TrainConfig", "TrainResult", "finite"]
 
 Schedule = Literal["polynomial", "cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 DiscardForward = Literal["once", "twice"]
+BNMode = Literal["train", "eval"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,13 @@ class TrainConfig:
         asynchronous: Write checkpoints while training goes on.
         max_skipped: Training stops after so many steps in a row whose loss or gradient is not finite.
         clip_norm: Upper limit of the gradient's norm; None: no limit.
+        spectra: How often the eigenvalue density of the Hessian is recorded, evenly spaced, the last at the end
+            (spectra/ in the run directory; docs/spectrum.md).
+        spectrum_at: Epochs at which it is recorded besides; 0 is the beginning.
+        spectrum_steps: Lanczos steps for each random vector.
+        spectrum_probes: Random vectors.
+        spectrum_examples: Training examples, drawn once, whose mean loss it is; None: all.
+        spectrum_bn_mode: Batch norm by the statistics of each batch (train), as in training, or by running ones (eval).
         seed: Decides weights, batches and augmentation.
         device: auto: a GPU if there is one; or cpu, cuda, cuda:1, ...
         threads: CPU threads of torch; None: as they are.
@@ -119,6 +127,12 @@ class TrainConfig:
     asynchronous: bool = False
     max_skipped: int = 10
     clip_norm: float | None = None
+    spectra: int = 0
+    spectrum_at: tuple[float, ...] = ()
+    spectrum_steps: int = 40
+    spectrum_probes: int = 2
+    spectrum_examples: int | None = 1000
+    spectrum_bn_mode: BNMode = "train"
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
@@ -136,6 +150,7 @@ class TrainConfig:
         choices = (
             *(("schedule", Schedule), ("precision", Precision), ("parallel", Parallel)),
             *(("batch_schedule_lr", LRScaling), ("discard_forward", DiscardForward)),
+            ("spectrum_bn_mode", BNMode),
         )
         for name, accepted in ((name, get_args(choice)) for name, choice in choices):
             if getattr(self, name) not in accepted:
@@ -143,12 +158,12 @@ class TrainConfig:
         if self.batch_size != "full":
             self._check_count("batch_size", "an integer >= 1 or 'full'")
         self._check_batch_schedule()
-        for name in ("evaluations", "keep", "max_skipped"):
+        for name in ("evaluations", "keep", "max_skipped", "spectrum_steps", "spectrum_probes"):
             self._check_count(name, "an integer >= 1")
-        for name in ("micro_batch", "steps", "threads", "image_size", "shard_workers"):
+        for name in ("micro_batch", "steps", "threads", "image_size", "shard_workers", "spectrum_examples"):
             if getattr(self, name) is not None:
                 self._check_count(name, "an integer >= 1 or None")
-        for name in ("checkpoints", "seed", "replica_check"):
+        for name in ("checkpoints", "seed", "replica_check", "spectra"):
             self._check_count(name, "an integer >= 0", least=0)
         self._check("lr", self.lr is None or 0 <= self.lr < math.inf, "in [0, inf) or None")
         self._check("weight_decay", 0 <= self.weight_decay < math.inf, "in [0, inf)")
@@ -158,6 +173,7 @@ class TrainConfig:
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         self._check("discard_small_loss", 0 <= self.discard_small_loss < 1, "in [0, 1)")
         self._check("clip_norm", self.clip_norm is None or 0 < self.clip_norm < math.inf, "in (0, inf) or None")
+        self._check("spectrum_at", all(0 <= epoch < math.inf for epoch in self.spectrum_at), "epochs in [0, inf)")
         hsdp, sliced = self.parallel == "hsdp", factory is NLCG and self.parallel == "ddp"
         self._check("shard_workers", self.shard_workers is None or hsdp, "None unless parallel is 'hsdp'")
         self._check("shard_state", not self.shard_state or sliced, "False unless the optimizer is NLCG, under 'ddp'")
@@ -188,8 +204,9 @@ class TrainConfig:
         for name in values:
             if name not in known:
                 unknown("training setting", name, known)
-        pairs = values.get("batch_schedule", ())
-        return cls(**{**values, "batch_schedule": tuple(tuple(pair) for pair in pairs)})
+        pairs = tuple(tuple(pair) for pair in values.get("batch_schedule", ()))
+        epochs = tuple(values.get("spectrum_at", ()))
+        return cls(**{**values, "batch_schedule": pairs, "spectrum_at": epochs})
 
 
 @dataclass(frozen=True, kw_only=True)

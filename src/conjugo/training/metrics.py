@@ -17,7 +17,8 @@ __all__ = ["Display", "JsonLines", "Record", "Sink", "TensorBoard", "read_metric
 Record = dict[str, Any]
 """One evaluation: step, epoch (samples through examples in the data), samples, batch_size (in the last step), train_loss, loss,
 accuracy, lr, skipped_steps, seconds, images_per_second; with optimizers that have them beta, base_lr and step_size; with
-discard_small_loss, where train_loss is over the kept examples, train_loss_all. Losses that are not finite are None."""
+discard_small_loss, where train_loss is over the kept examples, train_loss_all; what callbacks have measured since the last
+one. Losses that are not finite are None."""
 
 
 class Sink(Protocol):

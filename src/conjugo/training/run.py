@@ -21,6 +21,7 @@ __all__ = ["RunDirectory"]
 _MAY_DIFFER = (
     *("data_root", "download", "keep", "asynchronous", "tensorboard"),
     *("micro_batch", "parallel", "shard_workers", "shard_state", "replica_check"),
+    *("spectra", "spectrum_at", "spectrum_steps", "spectrum_probes", "spectrum_examples", "spectrum_bn_mode"),
 )
 """Settings that a resumed run may have otherwise: they change no number, or only its last digits."""
 
@@ -31,6 +32,7 @@ class RunDirectory:
     - ``config.json``: the configuration, as :meth:`TrainConfig.from_dict` reads it;
     - ``environment.json``: versions, machine, command and git state when the run was last started;
     - ``metrics.jsonl``: one line per evaluation (:data:`conjugo.training.metrics.Record`);
+    - ``spectra/step-<step>.json``, if wanted (:class:`~conjugo.training.spectrum.SpectrumRecorder`);
     - ``checkpoints/``: the newest ones (:class:`~conjugo.distributed.Checkpointer`);
     - ``result.json``: a :class:`TrainResult` without the model, when the run has ended;
     - ``tensorboard/``, if wanted.

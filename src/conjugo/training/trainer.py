@@ -8,7 +8,7 @@ several share the work), `run` (what is written), `metrics` (what is shown).
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -41,11 +41,13 @@ from conjugo.training import data as datasets
 from conjugo.training import models, optimizers
 from conjugo.training.batch_norm import RunningStatistics
 from conjugo.training.batches import Feed
+from conjugo.training.callbacks import Callback
 from conjugo.training.config import TrainConfig, TrainResult, finite
 from conjugo.training.guard import Guard
 from conjugo.training.machine import Clock, choose_device, held_signals, interrupt, isolated, pays_bfloat16
 from conjugo.training.metrics import Display, Record
 from conjugo.training.run import RunDirectory
+from conjugo.training.spectrum import SpectrumRecorder
 from conjugo.training.workers import Workers, spread
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "train"]
@@ -61,6 +63,7 @@ def train(
     resume: bool = False,
     progress: bool | None = None,
     stop_on_divergence: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a model as *config* says and evaluate it.
 
@@ -73,6 +76,7 @@ def train(
     data set that *config* names. resume: go on from the newest good checkpoint in *out*, or begin if there is none; the
     result is the one of the uninterrupted run, bit for bit on a CPU. progress: show a bar; None: if standard error is a
     terminal. stop_on_divergence: False gives a result with ``diverged=True`` where otherwise TrainingDiverged is raised.
+    callbacks: what is done between the steps (:data:`~conjugo.training.callbacks.Callback`).
 
     torch's global random state, number of threads and deterministic mode are afterwards what they were.
 
@@ -90,7 +94,7 @@ def train(
         data = datasets.load(config.data, root=config.data_root, download=config.download, image_size=config.image_size)
     config = replace(config, data=data.name)
     with isolated(config):
-        trainer = Trainer(config, data)
+        trainer = Trainer(config, data, callbacks)
         run = None if out is None else RunDirectory(Path(out), config, resume=resume)
         return trainer.fit(run, progress=progress, stop_on_divergence=stop_on_divergence)
 
@@ -102,7 +106,7 @@ class Trainer:
     number of workers.
     """
 
-    def __init__(self, config: TrainConfig, data: datasets.Dataset) -> None:
+    def __init__(self, config: TrainConfig, data: datasets.Dataset, callbacks: Sequence[Callback] = ()) -> None:
         n = len(data.train)
         self.workers = Workers()
         self.batches = _batches(config, data, self.workers)
@@ -151,6 +155,11 @@ class Trainer:
         self.loss_sum_all = torch.zeros_like(self.loss_sum)  # with the examples that were discarded
         self.loss_steps = 0
         self.history: list[Record] = []
+        self.folder: Path | None = None  # where the run is written down
+        self.callbacks = list(callbacks)
+        if config.spectra or config.spectrum_at:
+            self.callbacks.append(SpectrumRecorder(config, data, self.steps))
+        self.measured: Record = {}  # by callbacks since the last evaluation
 
     def _build_model(self, data: datasets.Dataset) -> None:
         """The model on its device, in the precision and memory layout that pay there."""
@@ -363,6 +372,7 @@ class Trainer:
         Arguments and exceptions as those of :func:`train`.
         """
         if run is not None:
+            self.folder = run.folder
             run.restore(self.stateful())
             run.show(self.config, self.history)
         with (
@@ -390,9 +400,12 @@ class Trainer:
         evaluate_at = _evenly(self.steps, self.config.evaluations)
         save_at = _evenly(self.steps, self.config.checkpoints)
         with self.clock.running():
+            if self.step == 0:
+                self._call_back()
             while self.step < self.steps:
                 self.train_step()
                 display.at(self.step)
+                self._call_back()
                 if self.step in evaluate_at:
                     self._evaluate(run, display)
                 stop = self._asked_to_stop()
@@ -404,6 +417,10 @@ class Trainer:
             self.stragglers.finish()
         if self.replicas is not None:
             self.replicas.compare()
+
+    def _call_back(self) -> None:
+        for callback in self.callbacks:
+            self.measured |= callback(self) or {}
 
     def _evaluate(self, run: RunDirectory | None, display: Display) -> None:
         with self.clock.paused():
@@ -420,11 +437,11 @@ class Trainer:
             # A step that was too long may have made weights infinite. Better a checkpoint from before that.
             if self.guard.space.isfinite(list(self.model.parameters())):
                 stateful = self.stateful()
-                with self._averaged_statistics():
+                with self.averaged_statistics():
                     run.checkpoints.save(self.step, **stateful)
 
     @contextmanager
-    def _averaged_statistics(self) -> Iterator[None]:
+    def averaged_statistics(self) -> Iterator[None]:
         """Collective: inside, the running statistics of batch norm are averages over the workers, which have their own."""
         if self.workers.size == 1:
             yield
@@ -441,7 +458,7 @@ class Trainer:
     def evaluate(self) -> Record:
         """Loss and accuracy on the test split now, with the averaged weights if there are any, and how training goes."""
         self.guard.check()
-        with self._averaged_statistics(), nullcontext() if self.ema is None else self.ema.averaged():
+        with self.averaged_statistics(), nullcontext() if self.ema is None else self.ema.averaged():
             loss, accuracy = self._test()
         samples, seconds = self.samples, self.clock.seconds
         record = {
@@ -462,6 +479,8 @@ class Trainer:
         record |= {name: finite(last[name].mean()) for name in ("beta", "base_lr", "step_size") if name in last}
         if self.discard is not None:
             record["train_loss_all"] = finite(self.loss_sum_all / max(1, self.loss_steps))
+        record |= self.measured
+        self.measured = {}
         self.loss_sum.zero_()
         self.loss_sum_all.zero_()
         self.loss_steps = 0
@@ -529,6 +548,7 @@ class Trainer:
             "loss_sum": self.loss_sum,
             "loss_sum_all": self.loss_sum_all,
             "loss_steps": self.loss_steps,
+            "measured": self.measured,
             "augmentation": self.train_data.generator.get_state(),
         }
 
@@ -544,6 +564,7 @@ class Trainer:
         self.clock.seconds = state["seconds"]
         self.loss_sum.copy_(state["loss_sum"])
         self.loss_steps = state["loss_steps"]
+        self.measured = state.get("measured", {})
         self.train_data.generator.set_state(state["augmentation"].cpu())
         self._seed_worker()  # if there are as many workers as before, each gets its own state back after this
 
