@@ -1,12 +1,15 @@
 """The curvature of a loss: symmetric matrices that are known by their products with vectors, and what can be asked of them.
 
 ``hessian(model, loss_fn, data)`` is the matrix of second derivatives of the loss over a whole data set, as an operator;
-``eigsh``, ``trace``, ``diagonal``, ``condition_number`` and ``gradient_alignment`` answer single questions about any operator.
+``spectral_density`` estimates the density of all eigenvalues of any operator, by ``lanczos``;
+``eigsh``, ``trace``, ``diagonal``, ``condition_number`` and ``gradient_alignment`` answer single questions.
 """
 
+from conjugo.curvature.density import SpectralDensity, spectral_density
 from conjugo.curvature.diagnostics import Alignment, ConditionNumber, condition_number, gradient_alignment
 from conjugo.curvature.eigenpairs import Eigenpairs, eigsh
 from conjugo.curvature.estimators import Estimate, diagonal, trace
+from conjugo.curvature.lanczos import LanczosResult, lanczos
 from conjugo.curvature.network import hessian
 from conjugo.curvature.operator import Operator, from_dense, from_matvec
 
@@ -15,7 +18,9 @@ __all__ = [
     "ConditionNumber",
     "Eigenpairs",
     "Estimate",
+    "LanczosResult",
     "Operator",
+    "SpectralDensity",
     "condition_number",
     "diagonal",
     "eigsh",
@@ -23,5 +28,7 @@ __all__ = [
     "from_matvec",
     "gradient_alignment",
     "hessian",
+    "lanczos",
+    "spectral_density",
     "trace",
 ]
