@@ -21,8 +21,9 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train a model, in a run directory that can be resumed",
     "launch": "start a program as several workers, on one host or several",
+    "spectrum": "how the eigenvalues of a model's Hessian are distributed: picture, numbers",
     "compare": "compare optimizers over batch sizes: tuning, fresh seeds, table, HTML report",
-    "report": "make table, plots and report of a comparison again, also of an unfinished one",
+    "report": "make the report of a training run, or table, plots and report of a comparison again",
     "reproduce": "set a paper's headline result beside what comes out here",
     "data": "fetch, verify or describe a data set",
     "ckpt": "list, verify, prune or export checkpoints",

@@ -32,6 +32,7 @@ __all__ = [
     "inline_svg",
     "label_ends",
     "new_axes",
+    "new_figure",
     "png",
     "spread",
     "styles",
@@ -65,6 +66,13 @@ def styles(names: Sequence[str]) -> dict[str, Style]:
 @contextmanager
 def new_axes(size: tuple[float, float]) -> Iterator[Axes]:
     """Empty axes in the house style."""
+    with new_figure(size) as figure:
+        yield figure.add_subplot()
+
+
+@contextmanager
+def new_figure(size: tuple[float, float]) -> Iterator[Figure]:
+    """An empty figure in the house style; axes are to be added inside."""
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -90,7 +98,7 @@ def new_axes(size: tuple[float, float]) -> Iterator[Axes]:
         "lines.markersize": 5.5,
     }
     with mpl.rc_context(settings):
-        yield Figure(figsize=size, layout="constrained").add_subplot()
+        yield Figure(figsize=size, layout="constrained")
 
 
 def figure_of(axes: Axes) -> Figure:
