@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conjugo._files import write_aside
-from conjugo.curvature._blocks import Random, norms, orthonormal
+from conjugo.curvature._blocks import Random, norms
 from conjugo.curvature._ranks import agree
 from conjugo.curvature.eigenpairs import eigsh
-from conjugo.curvature.lanczos import Basis, Quadrature, Recurrence, check_basis
+from conjugo.curvature.lanczos import Basis, Recurrence, check_basis
 from conjugo.curvature.operator import Operator
 from conjugo.errors import CorruptFile, check, unknown
 
@@ -48,6 +48,9 @@ POINTS = 10_000
 
 AT_ONCE = 2**22
 """Values of the kernel that are in memory at once."""
+
+SAME = 1e-3
+"""Relative difference of the first coefficients up to which an operator counts as the one of a checkpoint."""
 
 SAVE_SECONDS = 300.0
 """Between two states of a run that are written, within a probe."""
@@ -412,8 +415,8 @@ def spectral_density(
     probes. The file stays. Of a process group, rank 0 reads and writes it.
     callback: is called with the products so far and those planned, after each step.
 
-    With a process group all ranks call this together and get the same. Raises ValueError for values out of range, or a checkpoint
-    of another operator or other settings; UnknownName for another *probe*; CorruptFile for a damaged checkpoint;
+    With a process group all ranks call this together and get the same. Raises ValueError for values out of range, or a
+    checkpoint of another operator or other settings; UnknownName for another *probe*; CorruptFile for a damaged checkpoint;
     FloatingPointError if a product is not finite.
 
     >>> from conjugo.curvature import from_matvec
@@ -440,6 +443,8 @@ def spectral_density(
         return _all_of_it(op, steps, probe, seed)
     at_once = getattr(op, "rows_at_once", 1) if probes_at_once == "auto" else probes_at_once
     job = _Job(op, steps, probe, deflate, seed, lambda room: Basis(op, room, basis_dtype, basis_device, shard_basis))
+    if checkpoint is not None:
+        job.resume(Path(checkpoint))
     return job.run(probes, at_once, tol, callback)
 
 
@@ -450,58 +455,96 @@ class _Job:
         self, op: Operator, steps: int, probe: Probe, deflate: bool, seed: int, basis: Callable[[int], Basis]
     ) -> None:
         self.op, self.steps, self.probe, self.deflate, self.seed, self.basis = op, steps, probe, deflate, seed, basis
-        self.random = Random(op, seed)
-        self.drawn = 0
         self.done = 0
         self.nodes: list[Tensor] = []
         self.weights: list[Tensor] = []
         self.eigenvalues = torch.zeros(0, dtype=torch.float64)
         self.locked: Basis | None = None
         self.runs: list[Recurrence] = []
+        self.first: list[float] = []
+        """The first alpha and beta: the operator can be told by them."""
+        self.path: Path | None = None
+        self.draw(0)
 
     def run(
         self, probes: int, at_once: int, tol: float | None, callback: Callable[[int, int], None] | None
     ) -> SpectralDensity:
         planned = probes * self.steps
-        while not self.enough(probes, tol):
+        saved = time.monotonic()
+        while self.runs or not self.enough(probes, tol):
             if not self.runs:
                 count = 1 if self.deflate and self.locked is None else min(at_once, probes - len(self.nodes))
-                self.runs = [self.begin() for _ in range(count)]
+                starts = [self.start() for _ in range(min(count, self.room()))]
+                self.runs = [self.recurrence(start) for start in starts]
             while going := [run for run in self.runs if not run.done]:
-                products = self.op.matmat(torch.stack([run.vector for run in going]))
-                for run, product in zip(going, products, strict=True):
+                vectors = going[0].vector[None] if len(going) == 1 else torch.stack([run.vector for run in going])
+                for run, product in zip(going, self.op.matmat(vectors), strict=True):
                     run.take(product)
+                self.first = self.first or [self.runs[0].alpha[0], self.runs[0].beta[0]]
                 self.done += len(going)
+                if self.path is not None and agree(time.monotonic() - saved > SAVE_SECONDS, self.op.group):
+                    self.save()
+                    saved = time.monotonic()
                 if callback is not None:
                     callback(self.done, planned)
             for run in self.runs:
                 self.settle(run)
             self.runs = []
+            if self.path is not None:
+                self.save()
+                saved = time.monotonic()
         return self.result()
 
     def enough(self, probes: int, tol: float | None) -> bool:
-        if len(self.nodes) >= probes or len(self.eigenvalues) == self.op.size:
+        if len(self.nodes) >= probes or not self.room():
             return True
         if tol is None or len(self.nodes) < 3:
             return False
         found = self.result()
         return agree(found.stderr <= tol * (found.lmax - found.lmin), self.op.group)
 
-    def begin(self) -> Recurrence:
-        self.drawn += 1
-        start = (self.random.signs(1) if self.probe == "rademacher" else self.random.normal(1))[0]
-        if self.locked is not None:
-            start = self.locked.project(start)
-        return Recurrence(
-            self.op, start, self.steps, self.basis(self.steps), locked=self.locked, owner="spectral_density"
-        )
+    def room(self) -> int:
+        """Random vectors that there is room for."""
+        return self.op.size - len(self.eigenvalues) - (self.starts.n if self.probe == "orthogonal" else 0)
+
+    def draw(self, count: int) -> None:
+        """Begin the random vectors anew, and skip *count* of them."""
+        self.random = Random(self.op, self.seed)
+        self.started = 0
+        self.starts = self.basis(0)
+        for _ in range(count):
+            self.start()
+
+    def start(self) -> Tensor:
+        """The next random vector, a unit vector orthogonal to what it should be orthogonal to."""
+        self.started += 1
+        spaces = ([self.locked] if self.locked is not None else []) + ([self.starts] if self.starts.n else [])
+        while True:
+            vector = (self.random.signs(1) if self.probe == "rademacher" else self.random.normal(1))[0]
+            length = float(norms(vector[None]))
+            vector /= length
+            for _ in range(2):
+                for space in spaces:
+                    vector = space.project(vector)
+            left = agree(float(norms(vector[None])), self.op.group)
+            if left > math.sqrt(torch.finfo(self.op.dtype).eps):  # else nothing but rounding noise
+                break
+        vector /= left
+        if self.probe == "orthogonal":
+            self.starts = self.starts.grown(vector)
+        return vector
+
+    def recurrence(self, start: Tensor) -> Recurrence:
+        basis = self.basis(self.steps)
+        return Recurrence(self.op, start, self.steps, basis, locked=self.locked, owner="spectral_density")
 
     def settle(self, run: Recurrence) -> None:
         """Take the quadrature of a finished run in."""
         result = run.result()
         values, weights, residuals = result.ritz()
         size = self.op.size
-        if self.deflate and self.locked is None:
+        deflating = self.deflate and self.locked is None
+        if deflating:
             found = (residuals <= FOUND * values.abs().max()) & (weights * size <= SINGLE)
             chosen = found.nonzero()[:, 0]
             if result.breakdown is None:
@@ -513,9 +556,12 @@ class _Job:
             rest[chosen] = False
             values, weights = values[rest], weights[rest]
         share = (size - len(self.eigenvalues)) / size
-        if float(weights.sum()) > share / 2:  # else next to nothing was left of the vector
+        counts = float(weights.sum()) > share / 2  # else next to nothing was left of the vector
+        if counts:
             self.nodes.append(values)
             self.weights.append(weights * (share / weights.sum()))
+        if deflating:
+            self.draw(int(counts))
 
     def lock(self, parts: Tensor) -> None:
         locked = self.basis(len(parts))
@@ -530,7 +576,7 @@ class _Job:
         vectors = None
         if self.locked is None:
             vectors = torch.zeros(0, self.op.size, dtype=self.op.dtype, device=self.op.device)
-        elif not self.locked.settings["shard"]:
+        elif not self.locked.sharded:
             vectors = self.locked.rows[: self.locked.n].to(device=self.op.device, dtype=self.op.dtype)
         return SpectralDensity(
             nodes=list(self.nodes),
@@ -544,6 +590,94 @@ class _Job:
             n_matvec=self.done,
             about=_about(self.op),
         )
+
+    # ---- state ----
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with."""
+        own = {name: getattr(self, name) for name in ("steps", "probe", "deflate", "seed")}
+        return {**own, "size": self.op.size, "basis_dtype": str(self.starts.rows.dtype), **_about(self.op)}
+
+    def save(self) -> None:
+        assert self.path is not None
+        state = {
+            "format": "conjugo spectral density 1",
+            "settings": self.settings,
+            "done": self.done,
+            "nodes": self.nodes,
+            "weights": self.weights,
+            "eigenvalues": self.eigenvalues,
+            "first": self.first,
+            "started": self.started,
+            "locked": None if self.locked is None else self.locked.saved(),
+            "runs": [run.state() for run in self.runs],
+        }
+        if _rank(self.op) == 0:
+            write_aside(self.path, lambda file: torch.save(state, file))
+
+    def resume(self, path: Path) -> None:
+        """Keep the state in *path*, and go on from what is there."""
+        self.path = path
+        state = self.read(path)
+        if state is None:
+            return
+        for name in ("done", "nodes", "weights", "eigenvalues", "first"):
+            setattr(self, name, state[name])
+        if self.first:
+            self.see_that_it_is_the_same(path)
+        if state["locked"] is not None:
+            self.locked = self.basis(len(state["locked"]))
+            self.locked.restore(state["locked"])
+        before = state["started"] - len(state["runs"])
+        self.draw(before)
+        for saved in state["runs"]:
+            run = self.recurrence(self.start())
+            run.restore(saved)
+            self.runs.append(run)
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """What rank 0 finds in *path*, on all ranks; None: there is no file. An error is raised on all."""
+        found: list[Any] = [None, None]
+        if _rank(self.op) == 0:
+            try:
+                found = [self.checked(path), None]
+            except (CorruptFile, ValueError) as error:
+                found = [None, error]
+        if self.op.group is not None:
+            dist.broadcast_object_list(found, src=dist.get_global_rank(self.op.group, 0), group=self.op.group)
+        if found[1] is not None:
+            raise found[1]
+        state: dict[str, Any] | None = found[0]
+        return state
+
+    def checked(self, path: Path) -> dict[str, Any] | None:
+        check(path.parent.is_dir(), "spectral_density", "the folder of checkpoint", str(path.parent), "there")
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            settings = state["settings"]
+            if state["format"] != "conjugo spectral density 1":
+                raise ValueError(state["format"])
+        except Exception as error:  # whatever a damaged archive makes torch raise
+            raise CorruptFile(f"{path}: not a checkpoint of spectral_density ({error})") from error
+        for name, mine in self.settings.items():
+            check(settings.get(name) == mine, "spectral_density", f"{name} of {path}", settings.get(name), repr(mine))
+        return state
+
+    def see_that_it_is_the_same(self, path: Path) -> None:
+        """One product with the first random vector."""
+        locked, self.locked = self.locked, None
+        self.draw(0)
+        run = Recurrence(self.op, self.start(), 1, self.basis(1), owner="spectral_density")
+        run.take(self.op.matvec(run.vector))
+        self.locked = locked
+        alpha, beta = self.first
+        off = abs(run.alpha[0] - alpha) + abs(run.beta[0] - beta)
+        same = off <= SAME * (abs(alpha) + beta)
+        accepted = f"that of the operator here, ({run.alpha[0]:.6g}, {run.beta[0]:.6g})"
+        check(same, "spectral_density", f"the first Lanczos coefficients of {path}", (alpha, beta), accepted)
 
 
 def _all_of_it(op: Operator, steps: int, probe: Probe, seed: int) -> SpectralDensity:
@@ -572,6 +706,10 @@ def _about(op: Operator) -> dict[str, Any]:
     return about
 
 
+def _rank(op: Operator) -> int:
+    return 0 if op.group is None else dist.get_rank(op.group)
+
+
 def _numbers(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -586,11 +724,12 @@ def _smooth(t: Tensor, points: Tensor, masses: Tensor, s: float) -> Tensor:
     """The sum of normal densities of standard deviation *s* around *points* with *masses*, at each of *t*."""
     if not len(points):
         return torch.zeros_like(t)
-    parts = [
-        torch.exp(((part[:, None] - points) / s).square_().mul_(-0.5)) @ masses
-        for part in t.split(max(1, AT_ONCE // len(points)))
-    ]
-    return torch.cat(parts) / (s * math.sqrt(2 * math.pi))
+    phi = torch.empty_like(t)
+    rows = max(1, AT_ONCE // len(points))
+    for start in range(0, len(t), rows):
+        part = t[start : start + rows, None]
+        phi[start : start + rows] = torch.exp(((part - points) / s).square_().mul_(-0.5)) @ masses
+    return phi / (s * math.sqrt(2 * math.pi))
 
 
 def _stderr(samples: list[Tensor]) -> float:

@@ -11,6 +11,7 @@ much of it was taken away: "twice is enough" (Kahan; in Parlett 1980, section 6-
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -78,9 +79,9 @@ class Basis:
         )
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What makes another basis like this one."""
-        return {"dtype": self.rows.dtype, "device": self.rows.device, "shard": self._group is not None}
+    def sharded(self) -> bool:
+        """Whether each rank has a slice of the coordinates only."""
+        return self._group is not None
 
     def slice(self, vector: Tensor) -> Tensor:
         """What this rank keeps of *vector* [P]."""
@@ -88,7 +89,11 @@ class Basis:
 
     def whole(self, part: Tensor) -> Tensor:
         """The vector [P], in the operator's type and place, of which the ranks have the slices *part*."""
-        part = part.to(device=self._op.device, dtype=self._op.dtype)
+        return self.gathered(part.to(self._op.dtype))
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """The same in the type of *part*."""
+        part = part.to(self._op.device)
         if self._group is None:
             return part
         mine = part.new_zeros(self._share)
@@ -96,6 +101,19 @@ class Basis:
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(parts, mine, group=self._group)
         return torch.cat(parts)[: self._op.size]
+
+    def saved(self) -> Tensor:
+        """The rows [n, P] on the CPU; of a sharded basis on rank 0 only, else []."""
+        if self._group is None:
+            return self.rows[: self.n].cpu()
+        first = dist.get_rank(self._group) == 0
+        rows = [self.gathered(row).cpu() if first else self.gathered(row)[:0].cpu() for row in self.rows[: self.n]]
+        return torch.stack(rows) if rows else torch.empty(0, self._op.size, dtype=self.rows.dtype)
+
+    def restore(self, rows: Tensor) -> None:
+        """Become what :meth:`saved` gave on rank 0."""
+        self.rows[: len(rows)] = rows[:, self._own]
+        self.n = len(rows)
 
     def append(self, part: Tensor) -> Tensor:
         """Take a unit vector in, which must be orthogonal to all others; gives it back, from the basis if that is as exact."""
@@ -137,6 +155,14 @@ class Basis:
             for piece in pieces(x.shape[1], x.device):
                 x[:, piece] = weights @ self.rows[: self.n, piece].to(self.work)
         return x
+
+    def grown(self, vector: Tensor) -> Basis:
+        """A basis with *vector* [P] as one more row."""
+        grown = copy.copy(self)
+        part = self.slice(vector)
+        grown.rows = torch.cat([self.rows[: self.n], part[None].to(self.rows.dtype)])
+        grown.n = self.n + 1
+        return grown
 
     def project(self, vector: Tensor) -> Tensor:
         """*vector* [P] without its components along the rows, as a new vector."""
@@ -200,8 +226,8 @@ class LanczosResult:
 class Recurrence:
     """Lanczos steps, one by one: multiply :attr:`vector`, hand the product to :meth:`take`, until :attr:`done`.
 
-    basis: room for *steps* rows, and empty; reorth: whether vectors are made orthogonal to it and kept. locked: another basis, to
-    which all vectors stay orthogonal: the recurrence is that of the operator between projections.
+    basis: room for *steps* rows, and empty; reorth: whether vectors are made orthogonal to it and kept. locked: another basis,
+    to which all vectors stay orthogonal: the recurrence is that of the operator between projections.
     """
 
     def __init__(
@@ -277,8 +303,28 @@ class Recurrence:
         rows = None if store is None else store.rows[:m]
         return LanczosResult(alpha, beta, self.beta[-1], self.breakdown, rows, store, self._op.group)
 
+    def state(self) -> dict[str, Any]:
+        """All of it, as plain values and tensors on the CPU; vectors of a sharded basis on rank 0 only. Collective."""
+        ends = [x for x in (self._current, self._previous) if x is not None]
+        return {
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "breakdown": self.breakdown,
+            "rows": self._basis.saved(),
+            "ends": [self._basis.gathered(x).cpu() for x in ends],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where *state*, that of rank 0, was taken, to the same bits."""
+        basis = self._basis
+        self.alpha, self.beta, self.breakdown = list(state["alpha"]), list(state["beta"]), state["breakdown"]
+        basis.restore(state["rows"])
+        ends = [basis.slice(x) for x in state["ends"]]
+        self._current, self._previous = ends[0], ends[1] if len(ends) > 1 else None
+        self.vector = basis.whole(self._current)
+
     def _put(self, part: Tensor, witness: Tensor) -> None:
-        if not self._basis.settings["shard"]:
+        if not self._basis.sharded:
             part = same(part, witness, self._op.group)
         self._current = self._basis.append(part) if self._keeps else part
         self.vector = self._basis.whole(self._current)
