@@ -12,7 +12,7 @@ import tyro
 
 from conjugo.cli._arguments import parse
 from conjugo.errors import check
-from conjugo.studies import CompareResult, load_result
+from conjugo.studies import CompareResult, load_result, run_report
 from conjugo.studies.compare import save_result
 
 __all__ = ["run", "show"]
@@ -20,10 +20,10 @@ __all__ = ["run", "show"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Make table, plots and report.html of comparisons again, also of unfinished ones.
+    """Make report.html of training runs, or table, plots and report.html of comparisons again; also of unfinished ones.
 
     Args:
-        folders: Run directories of conjugo compare.
+        folders: Run directories of conjugo train or conjugo compare.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR ...")]
@@ -32,8 +32,11 @@ class Arguments:
 def run(argv: Sequence[str]) -> int:
     """Run the command; gives the exit code."""
     folders = parse(Arguments, argv, command="report").folders
-    check(len(folders) > 0, "report", "DIR", None, "the run directory of a comparison, at least one")
+    check(len(folders) > 0, "report", "DIR", None, "a run directory, at least one")
     for folder in folders:
+        if run_report.is_run(folder):
+            print(f"report: {run_report.write(folder)}")
+            continue
         result = load_result(folder)
         save_result(result, folder)
         show(result, folder)

@@ -5,23 +5,18 @@ The page reads on a phone, in dark mode and on paper; its frame and style are in
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
 from conjugo._files import write_aside
-from conjugo.studies import drawing, plots, summary
+from conjugo.studies import drawing, elements, plots, summary
 from conjugo.studies.plans import repetitions
 from conjugo.studies.statistics import Octaves
 from conjugo.studies.summary import Row, batch_name, batches, percent, plural
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from conjugo.studies.results import CompareResult
     from conjugo.studies.tuning import Axis
 
@@ -42,20 +37,20 @@ def write_plots(result: CompareResult, out: Path) -> None:
 
 def page(result: CompareResult) -> str:
     """The whole page; equal results give equal pages."""
-    template = Template(resources.files("conjugo.studies").joinpath("report.html").read_text(encoding="utf-8"))
     sections = (_problems, _accuracy, _steps, _curves, _settings, _protocol, _configuration)
     main = "\n".join(section(result) for section in sections)
     title = f"Optimizers over batch sizes on {result.config.train.data}"
-    return template.substitute(
-        title=escape(title), body=f"{_header(result, title)}\n<main>\n{main}\n</main>\n{_footer(result)}"
-    )
+    return elements.page(title, _header(result, title), main, _footer(result))
 
 
 # ---- sections ----
 
 
 def _header(result: CompareResult, title: str) -> str:
-    lines = [_paragraph(summary.headline(result), "headline"), _paragraph(summary.scaling(result), "lead")]
+    lines = [
+        elements.paragraph(summary.headline(result), "headline"),
+        elements.paragraph(summary.scaling(result), "lead"),
+    ]
     return f"<header>\n<h1>{escape(title)}</h1>\n{''.join(lines)}</header>"
 
 
@@ -76,7 +71,7 @@ def _problems(result: CompareResult) -> str:
         f"{missing} of {plural(len(result.cells), 'cell')} are not finished and missing below. Resume to do the rest."
     )
     crashes = "".join(f"<pre>{escape(message)}</pre>" for message in result.crashes)
-    return _section("Not finished", _paragraph(text), crashes)
+    return elements.section("Not finished", elements.paragraph(text), crashes)
 
 
 def _accuracy(result: CompareResult) -> str:
@@ -86,16 +81,18 @@ def _accuracy(result: CompareResult) -> str:
 
     def cell(row: Row) -> str:
         mark = _mark(row, baseline)
-        return _td(percent(row.accuracy, row.sd), mark, kind="best" if row.accuracy == best[row.batch_size] else "")
+        return elements.cell(
+            percent(row.accuracy, row.sd), mark, kind="best" if row.accuracy == best[row.batch_size] else ""
+        )
 
     note = (
         f"Mean ± standard deviation over {plural(seeds, 'fresh seed')}; the best of each batch size is shaded. "
         f"▲ significantly above, ▼ significantly below {baseline} at the same batch size "
         f"(two-sided Welch test, p < {summary.SIGNIFICANT}, not corrected for the number of comparisons)."
     )
-    return _section(
+    return elements.section(
         "Accuracy",
-        _figure(
+        elements.figure(
             plots.accuracy(result),
             "accuracy",
             "Test accuracy against batch size.",
@@ -103,7 +100,7 @@ def _accuracy(result: CompareResult) -> str:
             single=True,
         ),
         _matrix("Test accuracy in percent", result, cell),
-        _paragraph(note, "note"),
+        elements.paragraph(note, "note"),
         _significance(result),
     )
 
@@ -113,8 +110,8 @@ def _significance(result: CompareResult) -> str:
 
     def cell(row: Row) -> str:
         if row.gain is None:
-            return _td("–", kind="off")
-        return _td(
+            return elements.cell("–", kind="off")
+        return elements.cell(
             f"{100 * row.gain:+.1f}".replace("-", "−"),
             f' <span class="off">(p {escape(summary.p_text(row.p_baseline))})</span>',
         )
@@ -126,8 +123,8 @@ def _significance(result: CompareResult) -> str:
 def _steps(result: CompareResult) -> str:
     def cell(row: Row) -> str:
         if row.steps_to_target is None:
-            return _td("not reached", _reached(row), kind="off")
-        return _td(f"{row.steps_to_target:,.0f}", _reached(row))
+            return elements.cell("not reached", _reached(row), kind="off")
+        return elements.cell(f"{row.steps_to_target:,.0f}", _reached(row))
 
     def _reached(row: Row) -> str:
         return "" if row.reached in (0, row.seeds) else f' <span class="off">({row.reached} of {row.seeds})</span>'
@@ -143,9 +140,9 @@ def _steps(result: CompareResult) -> str:
         f"many did, where some did. Accuracy is measured {result.config.evaluations} times per run. The target is {chosen}."
     )
     caption = "Where a line ends early, the target is not reached at larger batch sizes."
-    return _section(
+    return elements.section(
         "Steps to target",
-        _figure(
+        elements.figure(
             plots.steps_to_target(result),
             "steps",
             f"Optimizer steps to {target} % test accuracy against batch size.",
@@ -153,13 +150,13 @@ def _steps(result: CompareResult) -> str:
             single=True,
         ),
         _matrix(f"Steps to {target} % test accuracy", result, cell),
-        _paragraph(note, "note"),
+        elements.paragraph(note, "note"),
     )
 
 
 def _curves(result: CompareResult) -> str:
     figures = [
-        _figure(
+        elements.figure(
             plots.learning_curves(result, batch),
             f"curves-{batch}",
             f"{batch_name(result, batch).capitalize()}.",
@@ -171,7 +168,7 @@ def _curves(result: CompareResult) -> str:
     text = (
         "Median test accuracy of the fresh seeds while they train, their range shaded. The dotted line is the target."
     )
-    return _section("Learning curves", _paragraph(text), _grid(figures))
+    return elements.section("Learning curves", elements.paragraph(text), elements.grid(figures))
 
 
 def _settings(result: CompareResult) -> str:
@@ -184,12 +181,12 @@ def _settings(result: CompareResult) -> str:
             octaves = "–" if row.lr_octaves is None else f"{Octaves(row.lr_octaves, row.lr_octaves_open)} octaves"
             diverged = row.diverged_trials + row.diverged_runs
             cells = [
-                _td(batch_name(result, row.batch_size, short=True)),
-                _td(f"{row.lr:.3g}"),
-                _td(second),
-                _td(octaves),
-                _td(str(diverged)),
-                _td(row.edges or "no", kind="flag" if row.edges else "off"),
+                elements.cell(batch_name(result, row.batch_size, short=True)),
+                elements.cell(f"{row.lr:.3g}"),
+                elements.cell(second),
+                elements.cell(octaves),
+                elements.cell(str(diverged)),
+                elements.cell(row.edges or "no", kind="flag" if row.edges else "off"),
             ]
             body.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>')
     edges = sum(bool(row.edges) for row in finished)
@@ -200,11 +197,11 @@ def _settings(result: CompareResult) -> str:
         "lie outside, or the hyperparameter matters little."
     )
     verdict = f"{edges} of {len(finished)} chosen settings lie at an edge of the range that was searched."
-    return _section(
+    return elements.section(
         "Tuned settings",
-        _paragraph(verdict),
-        _table("What tuning chose", header, body),
-        _paragraph(note, "note"),
+        elements.paragraph(verdict),
+        elements.table("What tuning chose", header, body),
+        elements.paragraph(note, "note"),
         _tuning_plots(result),
     )
 
@@ -216,7 +213,7 @@ def _tuning_plots(result: CompareResult) -> str:
         for batch, color in plots.batch_colors(result).items()
     )
     figures = [
-        _figure(
+        elements.figure(
             plots.tuning(result, name),
             f"tuning-{name}",
             f"{name}.",
@@ -227,7 +224,7 @@ def _tuning_plots(result: CompareResult) -> str:
         if any(cell.trials for cell in result.cells if cell.contender.name == name)
     ]
     text = "All tuning trials, over the whole range of learning rates that was searched; the chosen ones are large and ringed."
-    return f'{_paragraph(text)}<ul class="swatches">{legend}</ul>{_grid(figures)}' if figures else ""
+    return f'{elements.paragraph(text)}<ul class="swatches">{legend}</ul>{elements.grid(figures)}' if figures else ""
 
 
 def _protocol(result: CompareResult) -> str:
@@ -259,7 +256,7 @@ def _protocol(result: CompareResult) -> str:
         "Schedules, augmentation, weight decay and initial weights (per seed) are the same for all optimizers.",
         "Runs that diverge count with the accuracy of the weights they end with.",
     ]
-    return _section("How it was measured", _list(items))
+    return elements.section("How it was measured", elements.bullets(items))
 
 
 def _configuration(result: CompareResult) -> str:
@@ -272,16 +269,16 @@ def _configuration(result: CompareResult) -> str:
         name: "; ".join(f"{axis.name} {axis.low:g} to {axis.high:g}{_scale(axis)}" for axis in axes)
         for name, axes in tuned.items()
     }
-    return _section(
+    return elements.section(
         "Configuration",
         "<h3>Comparison</h3>",
-        _definitions(settings),
+        elements.definitions(settings),
         "<h3>Every run</h3>",
-        _definitions(train),
+        elements.definitions(train),
         "<h3>Searched ranges</h3>",
-        _definitions(ranges),
+        elements.definitions(ranges),
         "<h3>Versions</h3>",
-        _definitions(result.versions),
+        elements.definitions(result.versions),
     )
 
 
@@ -292,44 +289,6 @@ def _scale(axis: Axis) -> str:
 
 
 # ---- elements ----
-
-
-def _section(title: str, *content: str) -> str:
-    name = title.lower().replace(" ", "-")
-    inner = "\n".join(part for part in content if part)
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(title)}</h2>\n{inner}\n</section>'
-
-
-def _paragraph(text: str, kind: str = "") -> str:
-    if not text:
-        return ""
-    return f'<p class="{kind}">{escape(text)}</p>\n' if kind else f"<p>{escape(text)}</p>\n"
-
-
-def _list(items: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
-
-
-def _definitions(values: Mapping[str, object]) -> str:
-    shown = {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in values.items()
-    }
-    return f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(value)}</dd>' for key, value in shown.items())}</dl>"
-
-
-def _grid(figures: Sequence[str]) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>'
-
-
-def _figure(figure: Figure, name: str, title: str, caption: str, *, label: str = "", single: bool = False) -> str:
-    svg = drawing.inline_svg(figure, name, label or title)
-    kind = ' class="single"' if single else ""
-    return f"<figure{kind}><figcaption><b>{escape(title)}</b> {escape(caption)}</figcaption>{svg}</figure>\n"
-
-
-def _td(text: str, more: str = "", *, kind: str = "") -> str:
-    """A table cell of *text* (escaped) and *more* (HTML); *kind* is its class."""
-    return f"<td{f' class={kind}' if kind else ''}>{escape(text)}{more}</td>"
 
 
 def _mark(row: Row, baseline: str) -> str:
@@ -353,17 +312,6 @@ def _matrix(
     body = []
     for name in optimizers or result.config.optimizers:
         cells = [by_cell.get((name, batch)) for batch in result.batch_sizes]
-        shown = "".join(_td("–", kind="off") if row is None else cell(row) for row in cells)
+        shown = "".join(elements.cell("–", kind="off") if row is None else cell(row) for row in cells)
         body.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
-    return _table(caption, header, body)
-
-
-def _table(caption: str, header: Sequence[str], body: Sequence[str]) -> str:
-    """A table in a box of its own that scrolls sideways; *header* (HTML) and *body* (rows) are used as they are."""
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    rows = "\n".join(body)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n<table>\n'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n"
-        "</table>\n</div>\n"
-    )
+    return elements.table(caption, header, body)

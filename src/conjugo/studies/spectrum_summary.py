@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from conjugo.training.spectrum import Spectrum
 
-__all__ = ["columns", "cost", "heading", "name_of", "number", "table", "where"]
+__all__ = ["columns", "cost", "heading", "matrix_of", "name_of", "number", "table", "where"]
 
 MATRICES = {
     "hessian": "Hessian",
@@ -38,10 +38,15 @@ def where(spectrum: Spectrum) -> str:
     return f"step {step:,}" + ("" if epoch is None else f" (epoch {epoch:.3g})")
 
 
+def matrix_of(spectrum: Spectrum) -> str:
+    """The name of the matrix, such as ``Hessian``."""
+    return MATRICES.get(str(spectrum.about.get("matrix")), "matrix")
+
+
 def name_of(spectrum: Spectrum) -> str:
     """What was measured, in a line."""
     about = spectrum.about
-    words = [MATRICES.get(str(about.get("matrix")), "Matrix")]
+    words = [matrix_of(spectrum)]
     words += [f"of {about['model']}"] if about.get("model") else []
     words += [f"on {about['data']}"] if about.get("data") else []
     place = where(spectrum)
