@@ -11,6 +11,8 @@ from tests.contract.problems import assert_same, snapshot
 from tests.distributed import ranks
 from tests.distributed.test_virtual_batch import examples, wrapped
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 from conjugo._space import is_dtensor
@@ -370,6 +372,36 @@ def test_a_training_run_measures_by_one_option(kind, tmp_path):
     assert trainer.optimizer.state[p]["estimates"].item() == 2
 
 
+def test_the_trainer_measures_on_the_first_micro_batch(monkeypatch):
+    seen = []
+    measure = NLCG.measure
+    monkeypatch.setattr(NLCG, "measure", lambda self, *a, **o: (seen.append((len(a[2]), o)), measure(self, *a, **o)))
+    config = TrainConfig(
+        optimizer="nlcg",
+        optimizer_options={"precond": GaussNewtonDiagonal(every=3)},
+        batch_size=100,
+        micro_batch=30,
+        steps=5,
+        threads=1,
+        device="cpu",
+    )
+    trainer = Trainer(config, data.load("digits"))
+    for _ in range(5):
+        trainer.train_step()
+    assert seen == [(25, {"weight": 25})] * 2
+
+
+def test_the_mean_over_micro_batches_is_the_estimate_of_the_batch():
+    """Of Hutchinson's estimate, which is linear in the loss; of the other one only the mean over random vectors is."""
+    model, (x, y) = network(), batch()
+    found = []
+    for part in (slice(None), slice(0, 6), slice(6, 12)):
+        optimizer = NLCG(model.parameters(), precond="hutchinson")
+        optimizer.measure(model, F.cross_entropy, x[part], y[part])
+        found.append(estimate(optimizer))
+    torch.testing.assert_close(found[0], (found[1] + found[2]) / 2, rtol=1e-12, atol=1e-15)
+
+
 # ---- several ranks ----
 
 
@@ -451,6 +483,33 @@ def test_the_draws_of_ranks_are_independent():
     assert not torch.equal(results[0][0], results[1][0])
 
 
+def unequal():
+    x, y = batch()
+    return torch.cat([8 * x[:3], x[3:]]), y
+
+
+def of_unequal_shares(kind, weight):
+    """The estimate where rank 0 has 3 and rank 1 has 9 of 12 examples."""
+    model, (x, y) = network(), unequal()
+    part = slice(0, 3) if dist.get_rank() == 0 else slice(3, 12)
+    optimizer = NLCG(model.parameters(), precond=KINDS[kind](probes=1 if kind == "hutchinson" else 300))
+    optimizer.measure(model, F.cross_entropy, x[part], y[part], weight=weight)
+    return estimate(optimizer)
+
+
+def test_ranks_count_by_their_examples():
+    model, (x, y) = network(), unequal()
+    optimizer = NLCG(model.parameters(), precond=Hutchinson())
+    optimizer.measure(model, F.cross_entropy, x, y)
+    for found in ranks.run(2, of_unequal_shares, "hutchinson", None):
+        torch.testing.assert_close(found, estimate(optimizer), rtol=1e-10, atol=1e-13)
+    _, diagonal = diagonals(model, x, y)
+    (found, same), (equally, _) = (ranks.run(2, of_unequal_shares, "gauss-newton", w) for w in (None, 1.0))
+    assert torch.equal(found, same)
+    assert (found / diagonal - 1).abs().mean() < 0.12
+    assert (equally / diagonal - 1).abs().mean() > 0.2  # so the weights can be seen
+
+
 def nan_on_one_rank(layout):
     model = wrapped(layout)
     x, y = (share(t, dist.get_rank(), 2) for t in examples(8))
@@ -487,6 +546,21 @@ def sliced():
 def test_sliced_state_takes_the_same_steps():
     for plain, cut in ranks.run(2, sliced):
         torch.testing.assert_close(plain, cut, rtol=1e-10, atol=1e-13)
+
+
+def by_tensor_parallelism():
+    model = network()
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    x, y = batch()
+    optimizer = NLCG(model.parameters(), precond="gauss-newton")
+    with pytest.raises(ValueError, match="vjp: model must be plain, DDP, or with fully_shard"):
+        optimizer.measure(model, F.cross_entropy, x, y)
+
+
+def test_tensor_parallelism_is_refused():
+    """Its ranks see the same examples, each with random vectors of its own."""
+    ranks.run(2, by_tensor_parallelism)
 
 
 # ---- what is refused ----
@@ -526,6 +600,9 @@ def test_bad_calls_are_refused_before_anything_changes():
         optimizer.observe([torch.ones(3)])
     with pytest.raises(ValueError, match="NLCG: model must be a model with all parameters"):
         optimizer.measure(network(), F.cross_entropy, x, y)
+    for bad in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=r"NLCG: weight must be in \[0, inf\), got"):
+            optimizer.measure(model, F.cross_entropy, x, y, weight=bad)
     assert_same(before, snapshot(optimizer))
     optimizer = NLCG(network().parameters(), precond="hutchinson")
     for p in optimizer.param_groups[0]["params"]:

@@ -34,6 +34,9 @@ RUNS = {
     "rmsprop": replace(TABLE, optimizer="rmsprop", schedule="constant"),
     "lars": replace(TABLE, optimizer="lars", lr=10.0),
     "lamb": replace(TABLE, optimizer="lamb"),
+    "nlcg-hutchinson": replace(TABLE, optimizer="nlcg-hutchinson"),
+    "nlcg-gauss-newton with micro-batches": replace(TABLE, optimizer="nlcg-gauss-newton", micro_batch=7),
+    "images, nlcg-gauss-newton": replace(IMAGES, optimizer="nlcg-gauss-newton"),
     "images in bfloat16": replace(IMAGES, precision="bfloat16", ema=0.9),
     "images, momentum": replace(IMAGES, optimizer="momentum", micro_batch=8),
 }

@@ -107,13 +107,16 @@ def vjp(
     """J^T u added up over all ranks, laid out like the parameters: one forward and one backward pass. Collective.
 
     J is the derivative of this rank's ``model(inputs)``, a tensor, and u = ``vector(outputs)`` of its shape. *model*, what it
-    keeps and *process_group* as for :func:`hvp`.
+    keeps and *process_group* as for :func:`hvp`. Raises ValueError for a model whose parameters other means have sharded.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> vjp(model, torch.eye(2), lambda outputs: torch.tensor([[1.0], [3.0]]))
     [tensor([[1., 3.]])]
     """
     params, group = parameters_of(model), group_of(model, process_group)
+    known = not any(is_dtensor(p) for p in params) or sharded_modules(model)
+    # With tensor parallelism ranks share examples, and would have to share random vectors.
+    check(bool(known), "vjp", "model", "one with DTensors but without fully_shard", "plain, DDP, or with fully_shard")
     with _unchanged(model, params), torch.enable_grad():
         if not any(is_dtensor(p) for p in params):
             model = getattr(model, "_orig_mod", model)

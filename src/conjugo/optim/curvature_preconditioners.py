@@ -70,7 +70,7 @@ class CurvatureDiagonal(Preconditioner):
     seed: int = 0
 
     uses_graph: ClassVar[bool] = False
-    """Whether products of the Hessian with :meth:`probes_of`, made by the optimizer, can take the place of :meth:`estimate`."""
+    """Whether products of the Hessian with :meth:`probe`, made by the optimizer, can take the place of :meth:`estimate`."""
 
     def __post_init__(self) -> None:
         """Check the options; raises ``ValueError``."""
@@ -107,15 +107,15 @@ class CurvatureDiagonal(Preconditioner):
         parameters; complex for complex ones, whose parts have the curvature along each.
         """
 
-    def probes_of(self, params: Sequence[Tensor], step: int) -> list[list[Tensor]]:
-        """Vectors v in step number *step*, [probes] lists laid out like *params*; only where ``uses_graph``."""
+    def probe(self, params: Sequence[Tensor], step: int, number: int) -> list[Tensor]:
+        """Vector v number *number* of step number *step*, laid out like *params*; only where ``uses_graph``."""
         raise NotImplementedError(f"{type(self).__name__} needs no products with the Hessian")
 
-    def of_products(self, vectors: Sequence[Sequence[Tensor]], products: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """The estimate from the vectors v and H v, [probes] lists each: the mean of their products."""
+    def mean_over_probes(self, pair: Callable[[int], tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[Tensor]:
+        """The mean of v * u, elementwise, over (v, u) = ``pair(number)`` of all probes, of which one at a time is in memory."""
         mean: list[Tensor] = []
-        for vector, product in zip(vectors, products, strict=True):
-            mean = _added(mean, _elementwise(vector, product), len(vectors))
+        for number in range(self.probes):
+            mean = _added(mean, _elementwise(*pair(number)), self.probes)
         return mean
 
     # How it is used --------------------------------------------------------------------------------------------------
@@ -203,10 +203,10 @@ class Hutchinson(CurvatureDiagonal):
 
     uses_graph: ClassVar[bool] = True
 
-    def probes_of(self, params: Sequence[Tensor], step: int) -> list[list[Tensor]]:
+    def probe(self, params: Sequence[Tensor], step: int, number: int) -> list[Tensor]:
         """Random signs."""
-        first = (self.seed * 7919 + step) * self.probes
-        return [[signs(p, first + number, i) for i, p in enumerate(params)] for number in range(self.probes)]
+        count = (self.seed * 7919 + step) * self.probes + number
+        return [signs(p, count, i) for i, p in enumerate(params)]
 
     def estimate(
         self,
@@ -226,12 +226,13 @@ class Hutchinson(CurvatureDiagonal):
         def loss(model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
             return loss_fn(model(batch[0]), batch[1])
 
-        vectors = self.probes_of(params, step)
-        products = [
-            hvp(model, loss, (inputs, targets), _for_model(model, params, v), weight=weight, process_group=group)
-            for v in vectors
-        ]
-        return self.of_products(vectors, [_of_model(model, params, product) for product in products])
+        def pair(number: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            v = self.probe(params, step, number)
+            whole = _for_model(model, params, v)
+            product = hvp(model, loss, (inputs, targets), whole, weight=weight, process_group=group)
+            return v, _of_model(model, params, product)
+
+        return self.mean_over_probes(pair)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,17 +275,19 @@ class GaussNewtonDiagonal(CurvatureDiagonal):
         from conjugo.distributed import vjp
 
         rank, share = _rank_and_share(weight, to_local(params[0]).device, group)
-        pulled: list[list[Tensor]] = []
-        for number in range(self.probes):
+
+        def pair(number: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
             seed = (((self.seed * 7919 + step) * self.probes + number) * 1_000_003 + rank) % 2**32
 
-            def vector(outputs: Tensor, seed: int = seed) -> Tensor:
+            def vector(outputs: Tensor) -> Tensor:
                 generator = torch.Generator(outputs.device).manual_seed(seed)
                 drawn = output_factor(outputs, loss_fn, targets, generator=generator, draw=self.draw)
                 return drawn.mul_(share**0.5).to(outputs.dtype)
 
-            pulled.append(_of_model(model, params, vjp(model, inputs, vector, process_group=group)))
-        return self.of_products(pulled, pulled)
+            pulled = _of_model(model, params, vjp(model, inputs, vector, process_group=group))
+            return pulled, pulled
+
+        return self.mean_over_probes(pair)
 
 
 def output_factor(

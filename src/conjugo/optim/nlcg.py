@@ -329,9 +329,9 @@ class NLCG(ScopedOptimizer):
         model: with all parameters of this optimizer; plain, compiled, DDP, or with ``fully_shard``. Its parameters, gradients
         and buffers and the random numbers of the process stay what they are. loss_fn: gives this rank's mean loss, 0-d.
         inputs, targets: this rank's batch, or a part of it; what serves for the gradient will do. weight: how much this rank's
-        loss counts; None: ``len(inputs)``.
+        loss counts, >= 0; None: ``len(inputs)`` of a tensor, 1 for anything else.
 
-        Raises ValueError where the preconditioner measures no curvature or *model* lacks a parameter.
+        Raises ValueError where the preconditioner measures no curvature, *model* lacks a parameter, or *weight* is negative.
         """
         from conjugo.distributed.virtual_batch import group_of, parameters_of
 
@@ -340,7 +340,10 @@ class NLCG(ScopedOptimizer):
         known = set(parameters_of(model))
         lacking = [i for i, p in enumerate(params) if p not in known]
         check(not lacking, "NLCG", "model", f"one without parameters {lacking}", "a model with all parameters")
-        step = int(max(self.state[p]["scalars"][0].item() for p in params))
+        if weight is None:
+            weight = float(len(inputs)) if isinstance(inputs, Tensor) else 1.0
+        check(0 <= weight < math.inf, "NLCG", "weight", weight, "in [0, inf)")
+        step = int(torch.stack([self.state[p]["scalars"][0] for p in params]).max())
         estimates = precond.estimate(
             model,
             loss_fn,
@@ -348,7 +351,7 @@ class NLCG(ScopedOptimizer):
             targets,
             params=params,
             step=step,
-            weight=float(len(inputs)) if weight is None else weight,
+            weight=weight,
             group=group_of(model, self.process_group),
         )
         self.observe(estimates)
@@ -401,10 +404,14 @@ class NLCG(ScopedOptimizer):
         grads = [p.grad for p in self._active if p.grad is not None]
         step = int(self._table[:, 0].max())
         with torch.enable_grad():
-            probes = [dict(zip(params, probe, strict=True)) for probe in precond.probes_of(params, step)]
-            vectors = [[probe[p] for p in self._active] for probe in probes]
-            products = [hessian_products(self._active, grads, v, retain=v is not vectors[-1]) for v in vectors]
-        return dict(zip(self._active, precond.of_products(vectors, products), strict=True))
+
+            def pair(number: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+                probe = dict(zip(params, precond.probe(params, step, number), strict=True))
+                v = [probe[p] for p in self._active]
+                return v, hessian_products(self._active, grads, v, retain=number + 1 < precond.probes)
+
+            found = precond.mean_over_probes(pair)
+        return dict(zip(self._active, found, strict=True))
 
     def _learn(self, scales: Sequence[Scale], finite: Array) -> None:
         """Let the preconditioner learn from the estimates. Collective if sharded."""
