@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -387,6 +388,7 @@ def kill_at(n):
 @pytest.mark.parametrize("every", [0.0, 1e9])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, every, options, probe):
     monkeypatch.setattr(density, "SAVE_SECONDS", every)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     options = plain(probes=5, steps=20, probe=probe) | options
     values = spectrum(300)
     whole = spectral_density(with_values(values), **options)
@@ -450,7 +452,7 @@ def shared_operator(noise=0.0):
 
 
 def density_of_ranks(noise, shard, folder):
-    density.SAVE_SECONDS = 0.0
+    density.SAVE_SECONDS, os.fsync = 0.0, lambda descriptor: None
     options = {"probes": 5, "steps": 20, "shard_basis": shard, "tol": 1e-9, "probes_at_once": 2}
     whole = spectral_density(shared_operator(noise), **options)
     path = folder / f"{noise}-{shard}.pt"
