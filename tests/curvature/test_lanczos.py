@@ -125,6 +125,13 @@ def test_the_basis_is_orthonormal_and_makes_t(dtype, bound):
     assert copies == 1
 
 
+def test_a_vector_of_which_little_is_left_is_made_orthogonal_again():
+    values = torch.tensor([1.0, 2, 3], dtype=torch.float64).repeat(100) + 1e-7 * normal(300)
+    found = lanczos(with_values(values), normal(300, seed=1), 6)
+    assert found.beta[2] < 1e-6
+    assert (found.basis @ found.basis.T - torch.eye(6)).abs().max() < 1e-13
+
+
 def test_residuals_and_ritz_vectors():
     values = spectrum()
     op = with_values(values)
@@ -158,6 +165,7 @@ def test_a_product_may_be_the_vector_itself():
     found = lanczos(from_matvec(lambda x: x, 30, dtype=torch.float64, rows=True), v, 3)
     assert found.alpha.tolist() == pytest.approx([1])
     assert torch.equal(v, normal(30))
+    assert (found.basis[0] - v / v.norm()).abs().max() < 1e-15
 
 
 # ---- where the basis is ----

@@ -122,8 +122,8 @@ class Basis:
         self.n += 1
         return row if row.dtype == self.work else part
 
-    def remove(self, part: Tensor) -> Tensor:
-        """Take the components along the rows out of a vector, in place; gives them: [n], float64 on the CPU."""
+    def remove(self, part: Tensor) -> None:
+        """Take the components along the rows out of a vector, in place."""
         rows = self.rows[: self.n]
         found = torch.zeros(self.n, dtype=wide_dtype(part.device), device=part.device)
         with exact_products():
@@ -133,7 +133,6 @@ class Basis:
             weights = found.to(part)
             for piece in pieces(len(part), part.device):
                 part[piece].addmv_(rows[:, piece].to(part.dtype).T, weights, alpha=-1)
-        return found.cpu().to(torch.float64)
 
     def dot(self, x: Tensor, y: Tensor) -> float:
         """Inner product of two vectors."""
@@ -271,9 +270,7 @@ class Recurrence:
         for _ in range(PASSES):
             before = length
             for space in self._spaces:
-                along = space.remove(w)
-                if space is basis:
-                    alpha += float(along[-1])
+                space.remove(w)
             length = basis.length(w) if self._spaces else length
             if length > 0.7071 * before:
                 break
