@@ -352,7 +352,7 @@ def lanczos(
 
     The basis takes steps * P numbers, and can be kept in less room or elsewhere. basis_dtype: float64, float32 or bfloat16;
     None: that of the operator. With float64 a float32 operator's vectors are worked on in float64; with bfloat16 memory is
-    halved, and vectors are orthogonal to about 4e-3 / sqrt(P). basis_device: where it is, such as ``"cpu"`` for the host's
+    halved, and eigenvalues are good to about 1e-4 of the largest. basis_device: where it is, such as ``"cpu"`` for the host's
     memory, where orthogonalisation is done then; None: that of the operator. shard_basis: each rank of ``op.group`` keeps some
     coordinates of all vectors, at the price of one more all-gather of P numbers per step.
     callback: is called with the number of steps after each.
