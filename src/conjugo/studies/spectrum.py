@@ -35,6 +35,7 @@ from conjugo.training.spectrum import (
     Spectrum,
     batch_norm_batch,
     first_examples,
+    has_batch_norm,
     measure,
     normalises_batches,
     unaugmented,
@@ -339,7 +340,7 @@ def spectrum_of(
         "matrix": settings.matrix,
         "examples": subject.examples,
         "batch": getattr(batches.inner, "batch", None),
-        "bn_mode": bn_mode.replace("-", "_") if _has_batch_norm(model) else None,
+        "bn_mode": bn_mode.replace("-", "_") if has_batch_norm(model) else None,
         "params": settings.params,
         "workers": workers.size,
         "settings": asdict(settings),
@@ -396,10 +397,6 @@ def _operator(
     group = dist.group.WORLD if workers.size > 1 else None
     make = getattr(curvature, name)
     return make(model, loss_fn, batches, settings.params, bn_mode=bn_mode, process_group=group, **more)
-
-
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def _fingerprint(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], about: Mapping[str, Any]) -> str:

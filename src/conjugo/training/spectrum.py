@@ -43,6 +43,7 @@ __all__ = [
     "batch_norm_batch",
     "build_model",
     "first_examples",
+    "has_batch_norm",
     "measure",
     "normalises_batches",
     "unaugmented",
@@ -274,11 +275,20 @@ def _cut(rows: Tensor, batch: int) -> list[Tensor]:
     return list(rows.tensor_split(-(-len(rows) // batch))) if len(rows) else []
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether there is any, so that its mode matters."""
+    return bool(_batch_norms(model))
+
+
 def normalises_batches(model: nn.Module, bn_mode: str) -> bool:
     """Whether batch norm makes the loss depend on how examples are cut into batches. bn_mode: train, eval or as_is."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = _batch_norms(model)
     by_batch = [norm.training if bn_mode == "as_is" else bn_mode == "train" for norm in norms]
     return any(by_batch) or any(norm.running_mean is None for norm in norms)
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def batch_norm_batch(config: TrainConfig, n: int, workers: int) -> int:
@@ -342,7 +352,7 @@ class SpectrumRecorder:
             "split": "train",
             "examples": n,
             "batch": batches.batch,
-            "bn_mode": config.spectrum_bn_mode,
+            "bn_mode": config.spectrum_bn_mode if has_batch_norm(model) else None,
             "params": None,
             "workers": workers.size,
         }
