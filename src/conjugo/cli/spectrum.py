@@ -205,7 +205,7 @@ def _show(measured: list[tuple[Spectrum, Path]], arguments: Arguments) -> None:
 
     found = [spectrum for spectrum, _ in measured]
     console = Console()
-    console.print(spectrum_summary.heading(found), highlight=False)
+    console.print(spectrum_summary.heading(found), highlight=False, soft_wrap=True)
     console.print(spectrum_summary.table(found))
     last = measured[-1][1]
     if arguments.plot is not None:

@@ -226,7 +226,7 @@ def of_script(
     where = f"{script}:{function}"
     torch.manual_seed(settings.seed)
     built = build()
-    about = {"script": where, "model": where}
+    about = {"script": where, "model": f"{script.name}:{function}"}
     if isinstance(built, nn.Module):
         if data is None:
             raise ValueError(f"{where} gives a model without data: name a data set, such as --data digits")

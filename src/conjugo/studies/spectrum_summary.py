@@ -26,8 +26,12 @@ def number(value: float | None) -> str:
 
     >>> number(0.012345), number(-3.0), number(None)
     ('0.0123', '−3', '–')
+    >>> number(2244.3)
+    '2,244'
     """
-    return "–" if value is None else f"{value:.3g}".replace("-", "−")
+    if value is None:
+        return "–"
+    return (f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}").replace("-", "−")
 
 
 def where(spectrum: Spectrum) -> str:
@@ -58,7 +62,7 @@ def heading(spectra: Sequence[Spectrum]) -> str:
     first = spectra[0]
     about = first.about
     name = name_of(first) if len(spectra) == 1 else name_of(first).split(", step")[0]
-    split = f"{about['split']} " if about.get("split") else ""
+    split = {"train": "training ", "test": "test "}.get(str(about.get("split")), "")
     parts = [f"{first.density.size:,} parameters", f"{about.get('examples') or 0:,} {split}examples"]
     if about.get("params"):
         parts[0] += f" (those named {about['params']})"
@@ -76,9 +80,9 @@ def columns(spectrum: Spectrum) -> list[tuple[str, str]]:
     error = values["trace_stderr"]
     fraction, negative = spectrum.gradient_fraction, values["negative_mass"]
     found = [
-        ("largest eigenvalue", number(largest)),
-        ("smallest eigenvalue", number(values["lambda_min"])),
-        ("2 / largest", number(2 / largest if largest is not None and largest > 0 else None)),
+        ("λ max", number(largest)),
+        ("λ min", number(values["lambda_min"])),
+        ("2 / λ max", number(2 / largest if largest is not None and largest > 0 else None)),
         ("trace", number(values["trace"]) + (f" ± {number(error)}" if error else "")),
         ("negative mass", "–" if negative is None else f"{100 * negative:.1f} %"),
         ("effective rank", number(values["effective_rank"])),
@@ -86,8 +90,7 @@ def columns(spectrum: Spectrum) -> list[tuple[str, str]]:
     if count > 1:
         found.insert(2, (f"λ1 / λ{count}", number(values["ratio"])))
     if count:
-        space = "in the top eigenvector" if count == 1 else f"in the top {count} eigenvectors"
-        found.append((f"gradient {space}", "–" if fraction is None else f"{100 * fraction:.1f} %"))
+        found.append((f"gradient in top {count}", "–" if fraction is None else f"{100 * fraction:.1f} %"))
     if spectrum.loss is not None:
         found.append(("loss", number(spectrum.loss)))
     return found
