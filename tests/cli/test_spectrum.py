@@ -99,7 +99,8 @@ def test_all_checkpoints_have_one_picture_and_an_animation(capsys, tmp_path, tra
     assert sorted(path.name for path in out.iterdir()) == [f"hessian-step-{step}.json" for step in (0, 10, 5)]
     assert all(f"\n{step}" in said for step in (0, 5, 10))
     assert (tmp_path / "all.svg").read_text().count("epoch") >= 3
-    assert Image.open(tmp_path / "all.gif").n_frames == 3
+    with Image.open(tmp_path / "all.gif") as picture:
+        assert picture.n_frames == 3
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher", "empirical-fisher", "gradient-covariance"])
