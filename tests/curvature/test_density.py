@@ -152,6 +152,13 @@ def test_a_cluster_is_not_taken_for_one_eigenvector():
     assert middle == pytest.approx(0.6, abs=4 * math.sqrt(2 * 0.6 * 0.4 / 1000 / 20))
 
 
+def test_half_the_steps_are_kept_as_eigenvectors_at_most():
+    values = torch.cat([1e6 / torch.arange(1.0, 6), normal(995).abs()]).double()
+    found = spectral_density(with_values(values), **plain(steps=7))
+    assert len(found.eigenvalues) == 3
+    assert len(spectral_density(with_values(values), **plain(steps=12)).eigenvalues) == 5
+
+
 def test_scale_and_shift():
     values = spectrum(1000)
     a = spectral_density(with_values(values), **plain())
