@@ -40,6 +40,9 @@ Probe: TypeAlias = Literal["rademacher", "gaussian", "orthogonal"]
 FOUND = 1e-5
 """A Ritz pair whose residual is at most this times the largest value is an eigenpair."""
 
+APART = 0.1
+"""And at most this times the distance to the next Ritz value: at the edge of a bulk Ritz values are none of its eigenvalues."""
+
 SINGLE = 16.0
 """A mass of more than this many 1/P is not that of one eigenvector (a chance of 6e-5) but of many with nearly equal values."""
 
@@ -51,6 +54,9 @@ AT_ONCE = 2**22
 
 SAME = 1e-3
 """Relative difference of the first coefficients up to which an operator counts as the one of a checkpoint."""
+
+TOGETHER = 2**31
+"""Bytes that the bases of runs that are made at once take at most."""
 
 SAVE_SECONDS = 300.0
 """Between two states of a run that are written, within a probe."""
@@ -405,7 +411,7 @@ def spectral_density(
     computed. False: the paper's method.
     seed: of the random vectors.
     probes_at_once: runs whose vectors are multiplied as one block, which takes as many bases in memory (the first run is alone
-    where it deflates); ``"auto"``: ``op.rows_at_once`` if it has one, else 1.
+    where it deflates); ``"auto"``: ``op.rows_at_once`` if it has one, else 1, while the bases take at most 2 GiB together.
     tol: no more probes once there are at least 3 and :attr:`SpectralDensity.stderr` is at most *tol* times the range of the
     spectrum; None: all of *probes*.
     basis_dtype, basis_device, shard_basis: of the Lanczos vectors, see :func:`lanczos`. With *shard_basis* the result has no
@@ -441,11 +447,10 @@ def spectral_density(
         steps = op.size
     if deflate and steps == op.size:
         return _all_of_it(op, steps, probe, seed)
-    at_once = getattr(op, "rows_at_once", 1) if probes_at_once == "auto" else probes_at_once
     job = _Job(op, steps, probe, deflate, seed, lambda room: Basis(op, room, basis_dtype, basis_device, shard_basis))
     if checkpoint is not None:
         job.resume(Path(checkpoint))
-    return job.run(probes, at_once, tol, callback)
+    return job.run(probes, None if probes_at_once == "auto" else probes_at_once, tol, callback)
 
 
 class _Job:
@@ -467,13 +472,17 @@ class _Job:
         self.draw(0)
 
     def run(
-        self, probes: int, at_once: int, tol: float | None, callback: Callable[[int, int], None] | None
+        self, probes: int, at_once: int | None, tol: float | None, callback: Callable[[int, int], None] | None
     ) -> SpectralDensity:
         planned = probes * self.steps
         saved = time.monotonic()
         while self.runs or not self.enough(probes, tol):
             if not self.runs:
-                count = 1 if self.deflate and self.locked is None else min(at_once, probes - len(self.nodes))
+                count = (
+                    1
+                    if self.deflate and self.locked is None
+                    else min(at_once or self.block(), probes - len(self.nodes))
+                )
                 starts = [self.start() for _ in range(min(count, self.room()))]
                 self.runs = [self.recurrence(start) for start in starts]
             while going := [run for run in self.runs if not run.done]:
@@ -506,6 +515,11 @@ class _Job:
     def room(self) -> int:
         """Random vectors that there is room for."""
         return self.op.size - len(self.eigenvalues) - (self.starts.n if self.probe == "orthogonal" else 0)
+
+    def block(self) -> int:
+        """How many runs to make at once. An operator knows it better once it has made products."""
+        room = TOGETHER // (self.steps * self.starts.rows.shape[1] * self.starts.rows.element_size())
+        return agree(max(1, min(int(getattr(self.op, "rows_at_once", 1)), room)), self.op.group)
 
     def draw(self, count: int) -> None:
         """Begin the random vectors anew, and skip *count* of them."""
@@ -545,7 +559,9 @@ class _Job:
         size = self.op.size
         deflating = self.deflate and self.locked is None
         if deflating:
-            found = (residuals <= FOUND * values.abs().max()) & (weights * size <= SINGLE)
+            gaps = torch.cat([values.new_full((1,), math.inf), values.diff(), values.new_full((1,), math.inf)])
+            known = residuals <= torch.minimum(FOUND * values.abs().max(), APART * torch.minimum(gaps[1:], gaps[:-1]))
+            found = known & (weights * size <= SINGLE)
             chosen = found.nonzero()[:, 0]
             if result.breakdown is None:
                 chosen = chosen[residuals[chosen].argsort(stable=True)[: self.steps // 2]]
@@ -597,7 +613,10 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with."""
         own = {name: getattr(self, name) for name in ("steps", "probe", "deflate", "seed")}
-        return {**own, "size": self.op.size, "basis_dtype": str(self.starts.rows.dtype), **_about(self.op)}
+        about = {
+            name: value for name, value in _about(self.op).items() if name != "method"
+        }  # known after a product only
+        return {**own, "size": self.op.size, "basis_dtype": str(self.starts.rows.dtype), **about}
 
     def save(self) -> None:
         assert self.path is not None
