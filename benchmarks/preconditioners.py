@@ -7,6 +7,7 @@ as `conjugo compare` does: 20 runs, the learning rate and one more number, judge
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -35,8 +36,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "default: damping 1, every 10": {},
     "damping 0.1": {"damping": 0.1},
     "damping 0.01": {"damping": 0.01},
-    "every step, 10 probes": {"every": 1, "probes": 10},
-    "every step, 10 probes, damping 0.1": {"every": 1, "probes": 10, "damping": 0.1},
+    "every step": {"every": 1},
+    "10 probes": {"probes": 10},
+    "10 probes, damping 0.1": {"probes": 10, "damping": 0.1},
     "Newton": {"newton": True},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -159,12 +161,16 @@ def _tuned(contender: Contender, steps: int, seeds: int = 10) -> list[tuple[floa
 
 def _row(name: str, steps: int, found: list[tuple[float, Outcome, Task]]) -> list[str]:
     def shown(values: list[float], digits: int) -> str:
-        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+        good = [value for value in values if math.isfinite(value)]
+        lost = f" ({len(values) - len(good)} not finite)" if len(good) < len(values) else ""
+        return f"{statistics.mean(good):.{digits}f} ± {statistics.stdev(good):.{digits}f}{lost}"
 
     task = found[0][2]
     setting = f"{task.lr:.2g}" + ("" if task.second is None else f", {task.second:.3g}")
     accuracies = [100 * outcome.accuracy for _, outcome, _ in found]
-    return [name, str(steps), shown([loss for loss, _, _ in found], 3), shown(accuracies, 1), setting]
+    row = [name, str(steps), shown([loss for loss, _, _ in found], 3), shown(accuracies, 1), setting]
+    print(*row, sep="; ", flush=True)
+    return row
 
 
 COLUMNS = ("", "steps", "loss on training data", "test accuracy (%)", "setting")
