@@ -183,8 +183,8 @@ class Hutchinson(CurvatureDiagonal):
     r"""The diagonal of the Hessian H by Hutchinson's estimator, :math:`\mathrm{E}[v \odot H v]` for random signs v.
 
     A measurement with *k* probes costs about 3 k to 4 k gradients of the batch that it is made on: each is a forward and a
-    backward pass, and a backward pass through both. Its error in coordinate i is the norm of the rest of row i of H over the root of
-    *k*; on neural networks that is larger than the diagonal itself.
+    backward pass, and a backward pass through both. Its error in coordinate i is the norm of the rest of row i of H over the
+    root of *k*; on neural networks that is larger than the diagonal itself.
 
     Options as for :class:`CurvatureDiagonal`.
 
