@@ -24,6 +24,8 @@ _SET_BY_COMPARISON = (
     "steps",
     "evaluations",
     "checkpoints",
+    "spectra",
+    "spectrum_at",
     "seed",
 )
 

@@ -77,10 +77,11 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choice in (("matrix", Matrix), ("bn_mode", BNMode | None), ("dtype", DType)):
+        named: tuple[tuple[str, Any], ...] = (("matrix", Matrix), ("bn_mode", BNMode), ("dtype", DType))
+        for name, choice in named:
             value = getattr(self, name)
-            accepted = [word for part in (get_args(choice) or ()) for word in (get_args(part) or (part,))]
-            check(value is None or value in accepted, "spectrum", name, value, f"one of {accepted}")
+            if not (name == "bn_mode" and value is None) and value not in get_args(choice):
+                unknown(f"spectrum {name}", value, get_args(choice))
         for name, least in (("probes", 1), ("steps", 1), ("top", 0), ("examples", 1), ("batch", 1)):
             value = getattr(self, name)
             optional = name in ("top", "examples", "batch")
@@ -237,10 +238,10 @@ def of_script(
         raise ValueError(f"{where} must give a model, or (model, loss_fn, data), got {_described(built)}")
     check(data is None, "spectrum", "--data", data, f"left out, as {where} gives data itself")
     check(settings.split == "train", "spectrum", "--split", settings.split, f"left out, as {where} gives data itself")
-    model, loss_fn, own = built
-    inner = getattr(model, "_orig_mod", model)
+    model: nn.Module = getattr(built[0], "_orig_mod", built[0])
+    _, loss_fn, own = built
     subject = Subject(
-        model=inner.to(device),
+        model=model.to(device),
         loss_fn=loss_fn,
         cut=lambda size, together: Shared(own, Workers()),
         examples=None,
