@@ -20,6 +20,7 @@ def _papers() -> dict[str, Paper]:
     from conjugo.studies.reproduce.adagrad_norm import PAPER as ADAGRAD_NORM
     from conjugo.studies.reproduce.batch_size import PAPER as BATCH_SIZE
     from conjugo.studies.reproduce.frsgd import PAPER as FRSGD
+    from conjugo.studies.reproduce.hessian_spectrum import PAPER as HESSIAN_SPECTRUM
     from conjugo.studies.reproduce.mclr import PAPER as MCLR
     from conjugo.studies.reproduce.nlcg import PAPER as NLCG
     from conjugo.studies.reproduce.tabular_cg import PAPER as TABULAR_CG
@@ -31,6 +32,7 @@ def _papers() -> dict[str, Paper]:
         "mclr": MCLR,
         "batch-size": BATCH_SIZE,
         "tabular-cg": TABULAR_CG,
+        "hessian-spectrum": HESSIAN_SPECTRUM,
     }
 
 
