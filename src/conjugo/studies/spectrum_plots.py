@@ -172,9 +172,9 @@ def _mark_outliers(axes: Axes, spectrum: Spectrum, frame: Frame, t: Values, phi:
     for value in candidates:
         if len(taken) == LABELS or any(abs(value - other) < 0.085 * (frame.high - frame.low) for other in taken):
             continue
-        if value != lowest and value < 0.12 * frame.high:  # within the bulk
-            continue
         height = max(float(np.interp(value, t, phi)), frame.bottom)
+        if height > 18 * frame.bottom:  # that of several eigenvalues: on the slope of the bulk
+            continue
         axes.annotate(
             number(value),
             (value, height),
