@@ -71,7 +71,7 @@ def _trained(plan: AccuracyPlan) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
         model = nn.Sequential(nn.Linear(64, plan.hidden), nn.Tanh(), nn.Linear(plan.hidden, 10)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=plan.lr, momentum=plan.momentum)
     for _ in range(plan.epochs):
-        for rows in torch.randperm(len(targets), generator=order).split(plan.batch):
+        for rows in torch.split(torch.randperm(len(targets), generator=order), plan.batch):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs[rows]), targets[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -97,7 +97,7 @@ def compare_with_exact(plan: AccuracyPlan) -> AccuracyResult:
 
 
 def _errors(found: SpectralDensity, exact: Tensor) -> dict[str, float]:
-    known = found.eigenvalues if len(found.eigenvalues) >= 10 else found.nodes[0].flip(0)
+    known = torch.cat([found.eigenvalues, found.nodes[0]]).sort(descending=True).values
     points, masses = found.measure
     mass = float(masses[points > (exact[9] + exact[10]) / 2].sum()) * found.size / 10
     return {

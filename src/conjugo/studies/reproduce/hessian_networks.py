@@ -1,8 +1,8 @@
 """The part of ``hessian-spectrum`` about networks with and without batch norm: training, measuring, judging.
 
 A network and its twin, which has biases in the place of batch norm, are trained by SGD with momentum at a constant learning
-rate. The Hessian of the training loss is measured at the beginning, where a branch begins whose learning rate is a tenth, and
-at the end of that branch; also, where the plan says so, at the same epoch without the drop, and at the end of a longer run.
+rate. The Hessian of the training loss is measured at the beginning, where a branch begins whose learning rate is a tenth, at
+the end of that branch and, where the plan says so, at the same epoch without the drop.
 With batch norm there are two Hessians: with the statistics of each batch, as in training, and with the running ones.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -61,8 +61,7 @@ MOMENTS: Mapping[str, str] = {
     "init": "at the beginning",
     "before": "before the drop",
     "after": "after the drop",
-    "undropped": "same epoch, no drop",
-    "end": "at the end",
+    "undropped": "without the drop",
 }
 
 TOP = 10
@@ -82,9 +81,9 @@ EXPECTED: Mapping[str, Mapping[str, tuple[float, ...]]] = {
 class NetworkPlan:
     """All that the runs depend on.
 
-    model: ``mlp`` or ``resnet``; width, depth: of its hidden layers, or of its first stage and blocks in each stage. lr: by
-    network. drop_at, dropped: epochs before and behind the drop. epochs: of the run without one. control: measure it at
-    the epoch at which the branch ends, too. examples: training examples on which the Hessian is taken, None: all.
+    model: ``mlp`` or ``resnet``; width, depth: of its hidden layers, or of its first stage and blocks in each stage. drop_at,
+    dropped: epochs before and behind the drop. control: measure at the end without the drop, too. examples: training
+    examples on which the Hessian is taken (whole batches are prepared only once), None: all. method: of the products.
     """
 
     label: str = "digits"
@@ -95,22 +94,22 @@ class NetworkPlan:
     model: Literal["mlp", "resnet"] = "mlp"
     width: int = 32
     depth: int = 5
-    lr: Mapping[str, float] = field(default_factory=lambda: {"plain": 0.05, "bn": 0.05})
+    lr: float = 0.05
     momentum: float = 0.9
     batch: int = 128
-    drop_at: int = 10
+    drop_at: int = 20
     dropped: int = 10
-    epochs: int = 30
     control: bool = True
     seeds: int = 3
-    examples: int | None = None
+    examples: int | None = 1408
     steps: int = 60
     probes: int = 4
+    method: Literal["auto", "autograd"] = "auto"
 
     @property
     def trained(self) -> tuple[str, ...]:
         """The moments at which the networks count as trained."""
-        return ("end",) if self.epochs > self.drop_at + self.dropped else ("before", "after")
+        return ("undropped",) if self.control else ("before", "after")
 
     @property
     def runs(self) -> list[tuple[Net, int]]:
@@ -120,16 +119,14 @@ class NetworkPlan:
 
     def places(self, net: Net, seed: int) -> list[Place]:
         """What is measured of a run."""
-        control = ["undropped"] if self.control else []
-        moments = ["init", "before", "after", *control, *(m for m in self.trained if m == "end")]
+        moments = ["init", "before", "after", *(["undropped"] if self.control else [])]
         views = ["plain"] if net == "plain" else ["bn train", "bn eval"]
         # At the beginning there are no running statistics yet.
         return [Place(v, m, seed) for m in moments for v in views if (v, m) != ("bn eval", "init")]
 
     def epoch(self, moment: str) -> int:
         """When a moment is."""
-        later = {"init": 0, "before": self.drop_at, "end": self.epochs}
-        return later.get(moment, self.drop_at + self.dropped)
+        return {"init": 0, "before": self.drop_at}.get(moment, self.drop_at + self.dropped)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -147,10 +144,6 @@ CIFAR = NetworkPlan(
     model="resnet",
     width=8,
     depth=2,
-    lr={"plain": 0.05, "bn": 0.05},
-    drop_at=20,
-    dropped=10,
-    epochs=30,
     control=False,
     seeds=2,
     examples=1000,
@@ -265,14 +258,14 @@ def train_and_measure(plan: NetworkPlan, net: Net, seed: int, keep: Callable[[Pl
                 keep(place, _measured(plan, model, data, place))
 
     look("init", model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=plan.lr[net], momentum=plan.momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=plan.lr, momentum=plan.momentum)
     order = torch.Generator().manual_seed(seed)
     _train(model, optimizer, data, plan, plan.drop_at, order)
     look("before", model)
     branch = copy.deepcopy(model)
-    slower = torch.optim.SGD(branch.parameters(), lr=plan.lr[net], momentum=plan.momentum)
+    slower = torch.optim.SGD(branch.parameters(), lr=plan.lr, momentum=plan.momentum)
     slower.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    slower.param_groups[0]["lr"] = plan.lr[net] / 10
+    slower.param_groups[0]["lr"] = plan.lr / 10
     same = torch.Generator()
     same.set_state(order.get_state())
     _train(branch, slower, data, plan, plan.dropped, same)
@@ -280,10 +273,6 @@ def train_and_measure(plan: NetworkPlan, net: Net, seed: int, keep: Callable[[Pl
     if plan.control:
         _train(model, optimizer, data, plan, plan.dropped, order)
         look("undropped", model)
-    if "end" in plan.trained:
-        done = plan.drop_at + plan.dropped * plan.control
-        _train(model, optimizer, data, plan, plan.epochs - done, order)
-        look("end", model)
 
 
 def _train(
@@ -297,7 +286,7 @@ def _train(
     inputs, targets = data.train
     model.train()
     for _ in range(epochs):
-        for rows in torch.randperm(len(targets), generator=order).split(plan.batch):
+        for rows in torch.split(torch.randperm(len(targets), generator=order), plan.batch):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs[rows]), targets[rows])
             loss.backward()  # type: ignore[no-untyped-call]
@@ -313,7 +302,9 @@ def _measured(plan: NetworkPlan, model: nn.Module, data: _Data, place: Place) ->
     rows = first_examples(len(targets), plan.examples, 0)
     parts = rows.tensor_split(-(-len(rows) // plan.batch))
     batches = [(inputs[part], targets[part]) for part in parts]
-    op = hessian(model, F.cross_entropy, batches, bn_mode="eval" if place.view == "bn eval" else "train")
+    op = hessian(
+        model, F.cross_entropy, batches, bn_mode="eval" if place.view == "bn eval" else "train", method=plan.method
+    )
     about = {**place._asdict(), "epoch": plan.epoch(place.moment), "accuracy": _accuracy(model, data)}
     about |= {"model": VIEWS[place.view], "data": plan.label, "matrix": "hessian", "examples": len(rows)}
     return measure(op, steps=plan.steps, probes=plan.probes, top=min(TOP, data.classes), about=about)
@@ -324,7 +315,9 @@ def _accuracy(model: nn.Module, data: _Data) -> float:
     mode = model.training
     model.eval()
     inputs, targets = data.test
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(inputs.split(500), targets.split(500)))
+    right = sum(
+        int((model(x).argmax(1) == y).sum()) for x, y in zip(torch.split(inputs, 500), torch.split(targets, 500))
+    )
     model.train(mode)
     return right / len(targets)
 
@@ -398,7 +391,7 @@ class NetworksResult:
             cells = []
             for name in COLUMNS:
                 text = spread(self.values(name, view, moment))
-                if expects and moment == "end" and name in EXPECTED[view]:
+                if expects and moment == "undropped" and name in EXPECTED[view]:
                     text += f" [dim]\\[{number(statistics.mean_sd(EXPECTED[view][name])[0])}][/]"
                 cells.append(text)
             table.add_row(f"epoch {self.plan.epoch(moment)}, {MOMENTS[moment]}: {VIEWS[view]}", *cells)
@@ -492,8 +485,8 @@ CLAIMS: Mapping[str, str] = {
 
 def numbers(spectrum: Spectrum) -> dict[str, float | None]:
     """What is compared: loss, accuracy (test), lambda_max, ratio (of the largest to the tenth), fraction (of the squared
-    gradient in the space of the ten largest), negative (the smallest eigenvalue, negated, over the largest), energy (the mean size of
-    an eigenvalue), energies (the sum of the positive ones over that of the negative ones, negated).
+    gradient in the space of the ten largest), negative (the smallest eigenvalue, negated, over the largest), energy (the mean
+    size of an eigenvalue), energies (the sum of the positive ones over that of the negative ones, negated).
     """
     whole = spectrum.numbers()
     positive, negative = spectrum.density.energy()
