@@ -52,17 +52,24 @@ def densities(result: NetworksResult) -> Figure:
 
 
 def drop(result: NetworksResult) -> Figure:
-    """The densities of the first seed before and after the drop, one panel for each view."""
+    """The densities of the first seed before and after the drop, one panel for each view, on a logarithmic axis."""
     looks = {"before": drawing.COLORS[0], "after": drawing.COLORS[1], "undropped": drawing.COLORS[6]}
     with panels(len(VIEWS)) as (figure, axeses):
         for axes, (view, label) in zip(axeses, VIEWS.items()):
-            for moment, color in looks.items():
-                spectrum = result.spectra.get(Place(view, moment, 0))
-                if spectrum is not None:
-                    _curve(axes, spectrum, color, MOMENTS[moment], fill=False)
+            places = {moment: Place(view, moment, 0) for moment in looks}
+            there = {moment: result.spectra[place] for moment, place in places.items() if place in result.spectra}
+            threshold = 1e-4 * max((s.density.lmax for s in there.values()), default=1.0)
+            for moment, spectrum in there.items():
+                t, mass = (x.numpy() for x in spectrum.density.log_density(2000, threshold=threshold))
+                label_ = f"epoch {result.plan.epoch(moment)}, {MOMENTS[moment]}"
+                axes.plot(t, mass, color=looks[moment], linewidth=1.2, label=label_)
+                axes.set_ylim(0.3 / spectrum.density.size, 12)
+            axes.set_xscale("asinh", linear_width=2 * threshold)
+            axes.set_yscale("log")
             axes.set_title(label, fontsize=10)
-            axes.set_xlabel("eigenvalue")
-        axeses[0].set_ylabel("density")
+            axes.set_xlabel("eigenvalue, logarithmic")
+            axes.tick_params(axis="x", labelsize=8)
+        axeses[0].set_ylabel("mass per decade")
         figure.legend(*axeses[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         return figure
 
@@ -70,8 +77,8 @@ def drop(result: NetworksResult) -> Figure:
 def gradients(result: NetworksResult) -> Figure:
     """The part of the gradient in the top eigenspace, and lambda_1 / lambda_10: a point for each seed, a line for the means."""
     moments = [m for m in MOMENTS if any(p.moment == m for p in result.spectra)]
-    names = {"fraction": "part of the squared gradient in the top 10", "ratio": "λ1 / λ10"}
-    with panels(len(names)) as (figure, axeses):
+    names = {"fraction": "squared gradient in the top 10", "ratio": "λ1 / λ10"}
+    with panels(len(names), shared=False) as (figure, axeses):
         for axes, (name, label) in zip(axeses, names.items()):
             for i, (view, style) in enumerate(drawing.styles(tuple(VIEWS)).items()):
                 shift = 0.12 * (i - 1)
@@ -95,33 +102,32 @@ def gradients(result: NetworksResult) -> Figure:
 
 def _grid(result: NetworksResult, moments: list[str]) -> Figure:
     with drawing.new_figure((9.0, 2.0 * len(moments) + 0.5)) as figure:
-        rows = figure.subplots(len(moments), len(VIEWS), sharey=True, squeeze=False)
+        rows = figure.subplots(len(moments), len(VIEWS), squeeze=False)
         for row, moment in zip(rows, moments):
             for axes, (view, label) in zip(row, VIEWS.items()):
                 spectrum = result.spectra.get(Place(view, moment, 0))
                 if spectrum is None:
                     axes.set_visible(False)
                     continue
-                _curve(axes, spectrum, drawing.COLORS[1], label, fill=True)
-                axes.set_title(f"{label}, {MOMENTS[moment]}", fontsize=9)
+                _curve(axes, spectrum)
+                axes.set_title(f"{label}, epoch {result.plan.epoch(moment)}", fontsize=9)
                 axes.tick_params(labelsize=8)
         figure.supxlabel("eigenvalue", fontsize=10)
         figure.supylabel("density", fontsize=10)
         return figure
 
 
-def _curve(axes: Axes, spectrum: Spectrum, color: str, label: str, *, fill: bool) -> None:
+def _curve(axes: Axes, spectrum: Spectrum) -> None:
     """A density on an even axis, with a tick below each of the largest eigenvalues."""
-    d = spectrum.density
+    d, color = spectrum.density, drawing.COLORS[1]
     high = max([d.lmax, *spectrum.eigenvalues])
     width = (high - d.lmin) / 150
     grid = torch.linspace(d.lmin - 5 * width, high + 5 * width, 3000, dtype=torch.float64)
     t, phi = (x.numpy() for x in d.density(grid, sigma=width))
-    bottom = 0.1 / d.size
+    single = 1 / (d.size * width * (2 * torch.pi) ** 0.5)
+    axes.fill_between(t, 1e-9, phi, color=color, alpha=0.25, linewidth=0)
+    axes.plot(t, phi, color=color, linewidth=1.2)
     axes.set_yscale("log")
-    if fill:
-        axes.fill_between(t, bottom, phi, color=color, alpha=0.25, linewidth=0)
-    axes.plot(t, phi, color=color, linewidth=1.2, label=label)
-    axes.set_ylim(bottom=bottom)
+    axes.set_ylim(0.2 * single, 3 * float(phi.max()))
     ticks = spectrum.eigenvalues
-    axes.plot(ticks, [bottom] * len(ticks), "|", color=color, markersize=8, markeredgewidth=0.9, clip_on=False)
+    axes.plot(ticks, [0.2 * single] * len(ticks), "|", color=color, markersize=8, markeredgewidth=0.9, clip_on=False)

@@ -51,11 +51,11 @@ __all__ = [
 Net = Literal["plain", "bn"]
 
 VIEWS: Mapping[str, str] = {
-    "plain": "no batch norm",
-    "bn train": "batch norm, by batch",
-    "bn eval": "batch norm, running",
+    "plain": "plain",
+    "bn train": "BN by batch",
+    "bn eval": "BN running",
 }
-"""What is measured: a network, and for batch norm which statistics its Hessian is taken with."""
+"""What is measured: the network without batch norm, and that with it, whose Hessian is taken with either statistics."""
 
 MOMENTS: Mapping[str, str] = {
     "init": "at the beginning",
@@ -374,27 +374,25 @@ class NetworksResult:
         return {"plan": self.plan.to_dict(), "spectra": found, "crashes": list(self.crashes)}
 
     def table(self) -> RenderableType:
-        """The numbers at every moment: means over the seeds and their range."""
+        """The numbers at every moment: means over the seeds."""
         size = next((s.density.size for s in self.spectra.values()), 0)
         expects = self.plan == DIGITS
         table = new_table(
             f"{self.plan.label}: the Hessian of the training loss, {size:,} parameters",
-            f"Means of {self.plan.seeds} seeds (lowest to highest)."
-            + (" In square brackets: a first implementation." if expects else ""),
+            f"Means of {self.plan.seeds} seeds. gradient: its square in the space of the ten largest. BN: batch norm, with the "
+            "statistics of each batch or running ones." + (" In brackets: a first implementation." if expects else ""),
         )
         for column in COLUMNS.values():
             table.add_column(column, justify="right")
         last = ""
         for view, moment in self.shown():
-            if moment != last and last:
+            if moment not in (last, ""):
                 table.add_section()
-            cells = []
-            for name in COLUMNS:
-                text = spread(self.values(name, view, moment))
-                if expects and moment == "undropped" and name in EXPECTED[view]:
-                    text += f" [dim]\\[{number(statistics.mean_sd(EXPECTED[view][name])[0])}][/]"
-                cells.append(text)
-            table.add_row(f"epoch {self.plan.epoch(moment)}, {MOMENTS[moment]}: {VIEWS[view]}", *cells)
+                table.add_row(f"[dim]epoch {self.plan.epoch(moment)}, {MOMENTS[moment]}[/]")
+            table.add_row(f"  {VIEWS[view]}", *(_mean(self.values(name, view, moment), name) for name in COLUMNS))
+            if expects and moment in self.plan.trained:
+                cells = (_mean(EXPECTED[view].get(name, ()), name) for name in COLUMNS)
+                table.add_row("", *(f"[dim]{'' if cell == '–' else f'({cell})'}[/]" for cell in cells))
             last = moment
         return table
 
@@ -407,7 +405,9 @@ class NetworksResult:
         found: dict[str, dict[str, tuple[bool | None, str]]] = {name: {} for name in CLAIMS}
         for moment in trained:
             when = f"{self.plan.label}, {MOMENTS[moment]}"
-            found["outliers"][when] = self._paired("ratio", ("plain", "init"), ("plain", moment), lambda a, b: b > a)
+            for name, quantity in (("lambda_max", "λ1"), ("ratio", "λ1 / λ10")):
+                grown = self._paired(name, ("plain", "init"), ("plain", moment), lambda a, b: b > a)
+                found["outliers"][f"{when}, {quantity}"] = grown
             found["concentrates"][when] = self._all("fraction", "plain", moment, lambda x: x >= CONCENTRATED)
             for view in bn:
                 case = f"{when}, {VIEWS[view]}"
@@ -459,18 +459,17 @@ def _seeds(count: int, n: int) -> str:
 
 COLUMNS: Mapping[str, str] = {
     "loss": "loss",
-    "accuracy": "accuracy",
+    "accuracy": "test (%)",
     "lambda_max": "λ1",
     "ratio": "λ1 / λ10",
-    "fraction": "gradient in top 10",
+    "fraction": "gradient (%)",
     "negative": "−λmin / λ1",
     "energy": "mean |λ|",
-    "energies": "positive / negative",
 }
 """Names of :func:`numbers` and how they are called."""
 
 CLAIMS: Mapping[str, str] = {
-    "outliers": "without batch norm training makes large isolated eigenvalues: λ1 / λ10 is larger than at the beginning",
+    "outliers": "without batch norm training makes large isolated eigenvalues: λ1 and λ1 / λ10 grow",
     "concentrates": "without batch norm the gradient concentrates in the space of the ten largest: at least half of its square",
     "ratio": "with batch norm λ1 / λ10 is smaller than without",
     "fraction": "with batch norm less of the gradient lies in that space than without",
@@ -505,9 +504,6 @@ def numbers(spectrum: Spectrum) -> dict[str, float | None]:
     }
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean (lowest to highest)."""
-    if not values:
-        return "–"
-    mean = number(statistics.mean_sd(values)[0])
-    return mean if len(values) == 1 else f"{mean} ({number(min(values))} to {number(max(values))})"
+def _mean(values: Sequence[float], name: str) -> str:
+    scale = 100 if name in ("accuracy", "fraction") else 1
+    return number(scale * statistics.mean_sd(values)[0]) if values else "–"

@@ -58,10 +58,7 @@ def experiment(
     run: Run = train_and_measure,
     compare: Callable[[AccuracyPlan], AccuracyResult] = compare_with_exact,
 ) -> HessianSpectrumResult:
-    """Do the experiment of these plans.
-
-    run, compare: do one run, and the part about accuracy (stand-ins for tests).
-
+    """Do the experiment of these plans; run, compare: do one run, and the part about accuracy (stand-ins for tests).
 
     The part with CIFAR-10 is done if *request* says force, or resumes a folder in which it has begun.
     """
