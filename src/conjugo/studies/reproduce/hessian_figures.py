@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,9 +59,9 @@ def drop(result: NetworksResult) -> Figure:
         for axes, (view, label) in zip(axeses, VIEWS.items()):
             places = {moment: Place(view, moment, 0) for moment in looks}
             there = {moment: result.spectra[place] for moment, place in places.items() if place in result.spectra}
-            threshold = 1e-4 * max((s.density.lmax for s in there.values()), default=1.0)
+            threshold = 1e-3 * max((s.density.lmax for s in there.values()), default=1.0)
             for moment, spectrum in there.items():
-                t, mass = (x.numpy() for x in spectrum.density.log_density(2000, threshold=threshold))
+                t, mass = (x.numpy() for x in spectrum.density.log_density(2000, sigma=0.1, threshold=threshold))
                 label_ = f"epoch {result.plan.epoch(moment)}, {MOMENTS[moment]}"
                 axes.plot(t, mass, color=looks[moment], linewidth=1.2, label=label_)
                 axes.set_ylim(0.3 / spectrum.density.size, 12)
@@ -68,14 +69,16 @@ def drop(result: NetworksResult) -> Figure:
             axes.set_yscale("log")
             axes.set_title(label, fontsize=10)
             axes.set_xlabel("eigenvalue, logarithmic")
-            axes.tick_params(axis="x", labelsize=8)
+            _decades(axes, threshold)
         axeses[0].set_ylabel("mass per decade")
         figure.legend(*axeses[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         return figure
 
 
 def gradients(result: NetworksResult) -> Figure:
-    """The part of the gradient in the top eigenspace, and lambda_1 / lambda_10: a point for each seed, a line for the means."""
+    """The part of the gradient in the top eigenspace, and lambda_1 / lambda_10: a point for each seed."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     moments = [m for m in MOMENTS if any(p.moment == m for p in result.spectra)]
     names = {"fraction": "squared gradient in the top 10", "ratio": "λ1 / λ10"}
     with panels(len(names), shared=False) as (figure, axeses):
@@ -96,6 +99,9 @@ def gradients(result: NetworksResult) -> Figure:
             axes.set_title(label, fontsize=10)
         axeses[0].set_ylim(0, 1.02)
         axeses[1].set_yscale("log")
+        axeses[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axeses[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axeses[1].yaxis.set_minor_formatter(NullFormatter())
         figure.legend(*axeses[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         return figure
 
@@ -115,6 +121,18 @@ def _grid(result: NetworksResult, moments: list[str]) -> Figure:
         figure.supxlabel("eigenvalue", fontsize=10)
         figure.supylabel("density", fontsize=10)
         return figure
+
+
+def _decades(axes: Axes, threshold: float) -> None:
+    """Ticks at zero and at the powers of ten on either side, where the axis is logarithmic."""
+    from matplotlib.ticker import NullLocator
+
+    low, high = axes.get_xlim()
+    powers = range(math.ceil(math.log10(5 * threshold)), math.ceil(math.log10(max(high, -low))))
+    marks = [(0.0, "0")] + [(s * 10.0**p, f"${'-' if s < 0 else ''}10^{{{p}}}$") for p in powers for s in (-1, 1)]
+    marks = [mark for mark in marks if low <= mark[0] <= high]
+    axes.set_xticks([place for place, _ in marks], [text for _, text in marks], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _curve(axes: Axes, spectrum: Spectrum) -> None:

@@ -379,16 +379,18 @@ class NetworksResult:
         expects = self.plan == DIGITS
         table = new_table(
             f"{self.plan.label}: the Hessian of the training loss, {size:,} parameters",
-            f"Means of {self.plan.seeds} seeds. gradient: its square in the space of the ten largest. BN: batch norm, with the "
-            "statistics of each batch or running ones." + (" In brackets: a first implementation." if expects else ""),
+            f"Means of {self.plan.seeds} seeds. in top: of the squared gradient, in the space of the ten largest. BN: batch "
+            "norm, with the statistics of each batch or running ones."
+            + (" In brackets: a first implementation." if expects else ""),
         )
+        table.columns[0].header = "epoch"
         for column in COLUMNS.values():
             table.add_column(column, justify="right")
         last = ""
         for view, moment in self.shown():
             if moment not in (last, ""):
                 table.add_section()
-                table.add_row(f"[dim]epoch {self.plan.epoch(moment)}, {MOMENTS[moment]}[/]")
+                table.add_row(f"[dim]{self.plan.epoch(moment)}, {MOMENTS[moment]}[/]")
             table.add_row(f"  {VIEWS[view]}", *(_mean(self.values(name, view, moment), name) for name in COLUMNS))
             if expects and moment in self.plan.trained:
                 cells = (_mean(EXPECTED[view].get(name, ()), name) for name in COLUMNS)
@@ -462,7 +464,7 @@ COLUMNS: Mapping[str, str] = {
     "accuracy": "test (%)",
     "lambda_max": "λ1",
     "ratio": "λ1 / λ10",
-    "fraction": "gradient (%)",
+    "fraction": "in top (%)",
     "negative": "−λmin / λ1",
     "energy": "mean |λ|",
 }
@@ -506,4 +508,7 @@ def numbers(spectrum: Spectrum) -> dict[str, float | None]:
 
 def _mean(values: Sequence[float], name: str) -> str:
     scale = 100 if name in ("accuracy", "fraction") else 1
-    return number(scale * statistics.mean_sd(values)[0]) if values else "–"
+    if not values:
+        return "–"
+    mean = scale * statistics.mean_sd(values)[0]
+    return number(float(f"{mean:.2g}") if abs(mean) < 0.1 else mean)
