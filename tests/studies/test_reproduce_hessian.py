@@ -38,10 +38,11 @@ TINY = replace(
     probes=1,
     train_limit=256,
     test_limit=50,
-    examples=256,
+    examples=128,
+    top=2,
     method="autograd",
 )
-IMAGES = replace(TINY, label="images", model="resnet", width=4, depth=1, control=False, examples=60, batch=30)
+IMAGES = replace(TINY, label="images", model="resnet", width=4, depth=1, control=False, examples=60, batch=60)
 
 
 def spectrum(place, largest, tenth, fraction, smallest):
@@ -141,7 +142,7 @@ def test_what_was_published_is_recognised():
     assert list(verdicts(result)) == list(CLAIMS)
     text = shown(result)
     assert "images: the Hessian" in text
-    assert "epoch 2, after the drop" in text
+    assert "2, after the drop" in text
     assert "BN running" in text
     assert "Given up" not in result.text()
     json.dumps(result.to_dict(), allow_nan=False)
@@ -168,8 +169,8 @@ def test_nothing_measured_is_not_judged():
     assert {holds for said in cases.values() for holds, _ in said.values()} == {None}
 
 
-def test_really(tmp_path):
-    result = stand_in(train_and_measure, Request(progress=False, force=True, out=tmp_path))
+def test_really():
+    result = stand_in(train_and_measure, Request(progress=False, force=True))
     for plan, networks in ((TINY, result.digits), (IMAGES, result.cifar10)):
         assert not networks.crashes
         assert set(networks.spectra) == {place for net, seed in plan.runs for place in plan.places(net, seed)}
@@ -177,25 +178,44 @@ def test_really(tmp_path):
         largest = {place: values["lambda_max"] for place, values in found.items()}
         assert len(set(largest.values())) == len(largest)  # all are of different points or different functions
         assert found["bn train", "after"]["loss"] != found["bn eval", "after"]["loss"]
+        assert found["plain", "before"]["loss"] != found["plain", "after"]["loss"]
         assert all(0 <= values["fraction"] <= 1 + 1e-6 for values in found.values())
         assert all(values["loss"] < 5 for values in found.values())
-    assert found["plain", "before"]["loss"] != found["plain", "after"]["loss"]
-    assert result.cifar10.spectra[CIFAR.places("plain", 0)[0]].about["examples"] == 60
-    assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "accuracy.svg", "digits_densities.png"}
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert result.cifar10.spectra[IMAGES.places("plain", 0)[0]].about["examples"] == 60
 
-    def never(*_):
-        raise AssertionError
 
-    resumed = stand_in(never, Request(progress=False, resume=True, out=tmp_path))
-    assert resumed.text() == result.text()
-    (tmp_path / "digits" / "plain-after-0.json").unlink()
-    with pytest.raises(AssertionError):
-        stand_in(never, Request(progress=False, resume=True, out=tmp_path))
+def test_resumes(tmp_path):
+    whole = stand_in(as_published)
+    wanted = iter("one")
+
+    def interrupted(plan, net, seed, keep):
+        def last(place, spectrum):
+            keep(place, spectrum)
+            if next(wanted, None) is None:
+                raise KeyboardInterrupt
+
+        as_published(plan, net, seed, last)
+
+    with pytest.raises(KeyboardInterrupt):
+        stand_in(interrupted, Request(progress=False, out=tmp_path))
+    assert len(list((tmp_path / "digits").iterdir())) == 4
+    runs = []
+
+    def noting(plan, net, seed, keep):
+        runs.append(net)
+        as_published(plan, net, seed, keep)
+
+    resumed = stand_in(noting, Request(progress=False, resume=True, out=tmp_path))
+    assert runs == ["bn"]  # the other one had ended
+    assert resumed.text() == whole.text()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {f"digits_{what}.{kind}" for what in ("densities", "drop", "gradients") for kind in ("png", "svg")}
+    assert names >= {"results.json", "accuracy.svg"}
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(resumed.to_dict()))
     with pytest.raises(ValueError, match="another experiment"):
-        stand_in(never, Request(progress=False, resume=True, out=tmp_path), digits=replace(TINY, lr=0.1))
+        stand_in(noting, Request(progress=False, resume=True, out=tmp_path), digits=replace(TINY, lr=0.1))
     with pytest.raises(ValueError, match="without an experiment"):
-        stand_in(never, Request(progress=False, out=tmp_path))
+        stand_in(noting, Request(progress=False, out=tmp_path))
 
 
 def test_the_drop_is_a_tenth_of_the_rate_and_the_control_goes_on(monkeypatch):

@@ -64,8 +64,6 @@ MOMENTS: Mapping[str, str] = {
     "undropped": "without the drop",
 }
 
-TOP = 10
-
 CONCENTRATED, ABSENT = 0.5, 0.1
 """Parts of the squared gradient in the top eigenspace from which on we call it concentrated there, and up to which not."""
 
@@ -83,7 +81,8 @@ class NetworkPlan:
 
     model: ``mlp`` or ``resnet``; width, depth: of its hidden layers, or of its first stage and blocks in each stage. drop_at,
     dropped: epochs before and behind the drop. control: measure at the end without the drop, too. examples: training
-    examples on which the Hessian is taken (whole batches are prepared only once), None: all. method: of the products.
+    examples on which the Hessian is taken (whole batches are prepared only once), None: all. top: how many of the largest
+    eigenvalues make the top eigenspace. method: of the products.
     """
 
     label: str = "digits"
@@ -104,6 +103,7 @@ class NetworkPlan:
     examples: int | None = 1408
     steps: int = 60
     probes: int = 4
+    top: int = 10
     method: Literal["auto", "autograd"] = "auto"
 
     @property
@@ -307,7 +307,7 @@ def _measured(plan: NetworkPlan, model: nn.Module, data: _Data, place: Place) ->
     )
     about = {**place._asdict(), "epoch": plan.epoch(place.moment), "accuracy": _accuracy(model, data)}
     about |= {"model": VIEWS[place.view], "data": plan.label, "matrix": "hessian", "examples": len(rows)}
-    return measure(op, steps=plan.steps, probes=plan.probes, top=min(TOP, data.classes), about=about)
+    return measure(op, steps=plan.steps, probes=plan.probes, top=plan.top, about=about)
 
 
 @torch.no_grad()
