@@ -59,6 +59,7 @@ def test_what_is_computed_twice_is_computed_once():
         lambda c, v: [-(c[0] * v[0]), (c[0] * v[0] - c[0]) / 3],
         lambda c, v: [v[0].sum(0).expand(3, 3) + c[0] * v[0]],  # nor what has less memory than places
         lambda c, v: [c[0] - c[0] * v[0], v[0] * 0],
+        lambda c, v: [c[0] + c[0] @ v[0], v[0] + c[0] @ v[0]],
     ],
 )
 def test_nothing_that_is_needed_is_written_over(function):
@@ -77,6 +78,13 @@ def test_a_tensor_of_the_function_itself_is_known_to_both_parts():
 def test_random_numbers_are_seen():
     assert Linearized(lambda c, v: [torch.rand_like(c[0]) * v[0]], tensors((3,)), tensors((3,))).random
     assert not Linearized(lambda c, v: [c[0] * v[0]], tensors((3,)), tensors((3,))).random
+
+
+def test_random_numbers_are_not_taken_for_the_same():
+    traced = Linearized(
+        lambda c, v: [(torch.rand_like(c[0]) - torch.rand_like(c[0])) * v[0]], tensors((3,)), tensors((3,))
+    )
+    assert traced(traced.constants(tensors((3,))), tensors((3,)))[0].abs().min() > 0
 
 
 def test_available_memory_is_that_of_this_machine():

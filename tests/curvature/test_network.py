@@ -159,6 +159,20 @@ def test_traced_products_are_those_of_autograd(name, matrix):
     assert by_autograd.method == "autograd"
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [F.mse_loss, F.huber_loss, F.binary_cross_entropy_with_logits, nn.CrossEntropyLoss(label_smoothing=0.1)],
+    ids=["mse", "huber", "bce", "probabilities"],
+)
+@pytest.mark.parametrize("matrix", [hessian, ggn])
+def test_losses_of_other_kinds_can_be_traced(matrix, loss_fn):
+    model, (x, y) = network(), examples()
+    data = x, F.one_hot(y, 3).double()
+    traced, by_autograd = (matrix(model, loss_fn, data, method=method) for method in ("linearized", "autograd"))
+    vector = torch.randn(traced.size).double()
+    assert torch.allclose(traced @ vector, by_autograd @ vector, rtol=0, atol=1e-14)
+
+
 def test_what_cannot_be_traced_falls_back_and_says_why():
     model, data = Branching().double(), examples()
     operator = hessian(model, F.cross_entropy, data)
@@ -272,9 +286,12 @@ def test_a_loader_that_shuffles_gives_the_same_batches_in_each_pass(cache):
         random = torch.get_rng_state()
         operator = hessian(model, F.cross_entropy, loader, cache=cache)
         vector = torch.ones(operator.size).double()
-        assert torch.equal(operator @ vector, operator @ vector)
+        first = operator @ vector
         assert torch.equal(torch.get_rng_state(), random)
-    assert torch.equal(generator.get_state(), state)
+        assert torch.equal(generator.get_state(), state)
+        torch.rand(1), torch.rand(1, generator=generator)
+        assert torch.equal(operator @ vector, first)
+        generator.set_state(state)
 
 
 def test_data_that_changes_is_refused():

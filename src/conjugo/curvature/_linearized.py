@@ -27,23 +27,20 @@ Constants = list[Any]
 
 _NO_CHANGE = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 _SAME_SHAPE = {aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten._efficientzerotensor.default, aten.new_zeros.default}
+_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 _LINEAR = {
-    *(
-        aten.neg.default,
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.sum.dim_IntList,
-        aten.sum.default,
-    ),
+    *(aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.sum.dim_IntList, aten.sum.default, aten.gather.default),
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.clone.default),
-    *(aten._to_copy.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor),
-    *(aten.select.int, aten.gather.default, aten.slice_backward.default, aten.select_backward.default),
+    *(aten.t.default, aten.transpose.int, aten.permute.default, aten._to_copy.default, aten.unsqueeze.default),
+    *(aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int),
+    *(aten.slice_backward.default, aten.select_backward.default),
 }
 """Operations that make zeros of zeros in their first argument."""
 _PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default}
 """Operations that make zeros of zeros in either of two arguments."""
+_DECOMPOSED: Any = {aten._efficientzerotensor.default: torch.zeros}
+"""Arithmetic with tensors that have no memory, which forward mode makes of absent derivatives, ends traces in a segmentation
+fault (torch 2.13: mul.Scalar)."""
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _IN_PLACE = {
     aten.add.Tensor: aten.add_.Tensor,
@@ -67,7 +64,7 @@ class Linearized:
         constants: Sequence[Tensor],
         vectors: Sequence[Tensor],
     ) -> None:
-        traced = make_fx(functionalize(function))(list(constants), list(vectors))
+        traced = make_fx(functionalize(function), _DECOMPOSED)(list(constants), list(vectors))
         graph = traced.graph
         self.random = any(_is_random(node) for node in graph.nodes)
         """Whether the function draws random numbers."""

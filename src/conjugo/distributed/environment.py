@@ -7,6 +7,7 @@ Slurm's ``srun``. Without them a process is alone, and nothing is initialised.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import re
 import socket
@@ -74,6 +75,9 @@ def shutdown() -> None:
         with suppress(RuntimeError):  # someone is gone already
             dist.barrier()
         dist.destroy_process_group()
+        # Gloo's threads end with the last object that refers to the group; one in a cycle would outlive the interpreter, and
+        # the process end in an abort.
+        gc.collect()
 
 
 def rank() -> int:
