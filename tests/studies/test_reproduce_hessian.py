@@ -42,7 +42,9 @@ TINY = replace(
     top=2,
     method="autograd",
 )
-IMAGES = replace(TINY, label="images", model="resnet", width=4, depth=1, control=False, examples=60, batch=60)
+IMAGES = replace(
+    TINY, label="images", model="resnet", width=4, depth=1, control=False, equal=None, examples=60, batch=60
+)
 
 
 def spectrum(place, largest, tenth, fraction, smallest):
@@ -58,7 +60,16 @@ def spectrum(place, largest, tenth, fraction, smallest):
         n_matvec=3,
     )
     values = torch.linspace(largest, tenth, 10).tolist()
-    about = {**place._asdict(), "accuracy": 0.9, "products": 3, "seconds": 1.0, "dtype": "float32", "device": "cpu"}
+    epoch = {"init": 0, "before": 1}.get(place.moment, 2)
+    about = {
+        **place._asdict(),
+        "epoch": epoch,
+        "accuracy": 0.9,
+        "products": 3,
+        "seconds": 1.0,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     return Spectrum(
         density=density,
         eigenvalues=tuple(values),
@@ -109,12 +120,10 @@ def shown(result):
 
 
 def test_the_plans():
-    assert DIGITS.trained == ("undropped",)
+    assert DIGITS.trained == ("equal", "undropped")
     assert CIFAR.trained == ("before", "after")
     places = [place for net, seed in CIFAR.runs for place in CIFAR.places(net, seed)]
     assert len(places) == len(set(places)) == 2 * (3 + 5)
-    assert DIGITS.epoch("before") == 20
-    assert DIGITS.epoch("after") == DIGITS.epoch("undropped") == 30
 
 
 def test_accuracy_against_all_eigenvalues():
@@ -175,18 +184,20 @@ def test_really():
         assert not networks.crashes
         assert set(networks.spectra) == {place for net, seed in plan.runs for place in plan.places(net, seed)}
         found = {place[:2]: numbers(spectrum) for place, spectrum in networks.spectra.items()}
-        largest = {place: values["lambda_max"] for place, values in found.items()}
+        largest = {place: values["lambda_max"] for place, values in found.items() if place[1] != "equal"}
         assert len(set(largest.values())) == len(largest)  # all are of different points or different functions
         assert found["bn train", "after"]["loss"] != found["bn eval", "after"]["loss"]
         assert found["plain", "before"]["loss"] != found["plain", "after"]["loss"]
         assert all(0 <= values["fraction"] <= 1 + 1e-6 for values in found.values())
         assert all(values["loss"] < 5 for values in found.values())
+    epochs = {place.moment: spectrum.about["epoch"] for place, spectrum in result.digits.spectra.items()}
+    assert {**epochs, "equal": None} == {"init": 0, "equal": None, "before": 1, "after": 2, "undropped": 2}
     assert result.cifar10.spectra[IMAGES.places("plain", 0)[0]].about["examples"] == 60
 
 
 def test_resumes(tmp_path):
     whole = stand_in(as_published)
-    wanted = iter("one")
+    wanted = iter("five ")
 
     def interrupted(plan, net, seed, keep):
         def last(place, spectrum):
@@ -198,7 +209,7 @@ def test_resumes(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         stand_in(interrupted, Request(progress=False, out=tmp_path))
-    assert len(list((tmp_path / "digits").iterdir())) == 4
+    assert len(list((tmp_path / "digits").iterdir())) == 6
     runs = []
 
     def noting(plan, net, seed, keep):
@@ -229,6 +240,16 @@ def test_the_drop_is_a_tenth_of_the_rate_and_the_control_goes_on(monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", noting)
     train_and_measure(TINY, "plain", 0, lambda *_: None)
     assert rates == [0.05] * 2 + [pytest.approx(0.005)] * 2 + [0.05] * 2
+
+
+@pytest.mark.parametrize(("equal", "epoch"), [(100.0, 1), (0.0, 2)])
+def test_equal_losses(equal, epoch):
+    """At the first epoch with so low a loss; at the last one, where there is none."""
+    found = {}
+    train_and_measure(replace(TINY, equal=equal), "plain", 0, found.__setitem__)
+    at = {place.moment: spectrum for place, spectrum in found.items()}
+    assert at["equal"].about["epoch"] == epoch
+    assert at["equal"].loss == at["before" if epoch == 1 else "undropped"].loss
 
 
 def test_a_network_that_diverges_is_reported():

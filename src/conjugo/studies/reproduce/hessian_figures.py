@@ -62,7 +62,7 @@ def drop(result: NetworksResult) -> Figure:
             threshold = 1e-3 * max((s.density.lmax for s in there.values()), default=1.0)
             for moment, spectrum in there.items():
                 t, mass = (x.numpy() for x in spectrum.density.log_density(2000, sigma=0.1, threshold=threshold))
-                label_ = f"epoch {result.plan.epoch(moment)}, {MOMENTS[moment]}"
+                label_ = f"epoch {spectrum.about['epoch']}, {MOMENTS[moment]}"
                 axes.plot(t, mass, color=looks[moment], linewidth=1.2, label=label_)
                 axes.set_ylim(0.3 / spectrum.density.size, 12)
             axes.set_xscale("asinh", linear_width=2 * threshold)
@@ -116,7 +116,7 @@ def _grid(result: NetworksResult, moments: list[str]) -> Figure:
                     axes.set_visible(False)
                     continue
                 _curve(axes, spectrum)
-                axes.set_title(f"{label}, epoch {result.plan.epoch(moment)}", fontsize=9)
+                axes.set_title(f"{label}, epoch {spectrum.about['epoch']}", fontsize=9)
                 axes.tick_params(labelsize=8)
         figure.supxlabel("eigenvalue", fontsize=10)
         figure.supylabel("density", fontsize=10)

@@ -2,7 +2,7 @@
 
 A network and its twin, which has biases in the place of batch norm, are trained by SGD with momentum at a constant learning
 rate. The Hessian of the training loss is measured at the beginning, where a branch begins whose learning rate is a tenth, at
-the end of that branch and, where the plan says so, at the same epoch without the drop.
+the end of that branch and, where the plan says so, at the same epoch without the drop, and at equal losses.
 With batch norm there are two Hessians: with the statistics of each batch, as in training, and with the running ones.
 """
 
@@ -59,6 +59,7 @@ VIEWS: Mapping[str, str] = {
 
 MOMENTS: Mapping[str, str] = {
     "init": "at the beginning",
+    "equal": "at equal losses",
     "before": "before the drop",
     "after": "after the drop",
     "undropped": "without the drop",
@@ -80,7 +81,8 @@ class NetworkPlan:
     """All that the runs depend on.
 
     model: ``mlp`` or ``resnet``; width, depth: of its hidden layers, or of its first stage and blocks in each stage. drop_at,
-    dropped: epochs before and behind the drop. control: measure at the end without the drop, too. examples: training
+    dropped: epochs before and behind the drop. control: measure at the end without the drop, too. equal:
+    measure at the end of the first epoch that leaves at most this training loss as well. examples: training
     examples on which the Hessian is taken (whole batches are prepared only once), None: all. top: how many of the largest
     eigenvalues make the top eigenspace. method: of the products.
     """
@@ -99,6 +101,7 @@ class NetworkPlan:
     drop_at: int = 20
     dropped: int = 10
     control: bool = True
+    equal: float | None = 0.5
     seeds: int = 3
     examples: int | None = 1408
     steps: int = 60
@@ -109,7 +112,11 @@ class NetworkPlan:
     @property
     def trained(self) -> tuple[str, ...]:
         """The moments at which the networks count as trained."""
-        return ("undropped",) if self.control else ("before", "after")
+        return (*self._equal, *(("undropped",) if self.control else ("before", "after")))
+
+    @property
+    def _equal(self) -> tuple[str, ...]:
+        return () if self.equal is None else ("equal",)
 
     @property
     def runs(self) -> list[tuple[Net, int]]:
@@ -119,14 +126,10 @@ class NetworkPlan:
 
     def places(self, net: Net, seed: int) -> list[Place]:
         """What is measured of a run."""
-        moments = ["init", "before", "after", *(["undropped"] if self.control else [])]
+        moments = ["init", *self._equal, "before", "after", *(["undropped"] if self.control else [])]
         views = ["plain"] if net == "plain" else ["bn train", "bn eval"]
         # At the beginning there are no running statistics yet.
         return [Place(v, m, seed) for m in moments for v in views if (v, m) != ("bn eval", "init")]
-
-    def epoch(self, moment: str) -> int:
-        """When a moment is."""
-        return {"init": 0, "before": self.drop_at}.get(moment, self.drop_at + self.dropped)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -145,6 +148,7 @@ CIFAR = NetworkPlan(
     width=8,
     depth=2,
     control=False,
+    equal=None,
     seeds=2,
     examples=1000,
     steps=60,
@@ -252,27 +256,38 @@ def train_and_measure(plan: NetworkPlan, net: Net, seed: int, keep: Callable[[Pl
     model = _build(plan, net, tuple(data.train[0].shape[1:]), data.classes, seed)
     places = plan.places(net, seed)
 
-    def look(moment: str, model: nn.Module) -> None:
+    seen: set[str] = set()
+
+    def look(moment: str, model: nn.Module, epoch: int) -> None:
+        seen.add(moment)
         for place in places:
             if place.moment == moment:
-                keep(place, _measured(plan, model, data, place))
+                keep(place, _measured(plan, model, data, place, epoch))
 
-    look("init", model)
+    def ended(epoch: int) -> None:
+        if plan.equal is not None and "equal" not in seen and _loss(model, data, plan) <= plan.equal:
+            look("equal", model, epoch)
+
+    look("init", model, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=plan.lr, momentum=plan.momentum)
     order = torch.Generator().manual_seed(seed)
-    _train(model, optimizer, data, plan, plan.drop_at, order)
-    look("before", model)
+    last = plan.drop_at + plan.dropped
+    _train(model, optimizer, data, plan, range(1, plan.drop_at + 1), order, ended)
+    look("before", model, plan.drop_at)
     branch = copy.deepcopy(model)
     slower = torch.optim.SGD(branch.parameters(), lr=plan.lr, momentum=plan.momentum)
     slower.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     slower.param_groups[0]["lr"] = plan.lr / 10
     same = torch.Generator()
     same.set_state(order.get_state())
-    _train(branch, slower, data, plan, plan.dropped, same)
-    look("after", branch)
-    if plan.control:
-        _train(model, optimizer, data, plan, plan.dropped, order)
-        look("undropped", model)
+    rest = range(plan.drop_at + 1, last + 1)
+    _train(branch, slower, data, plan, rest, same, lambda _: None)
+    look("after", branch, last)
+    if plan.control or (plan.equal is not None and "equal" not in seen):
+        _train(model, optimizer, data, plan, rest, order, ended)
+        look("undropped", model, last)
+        if "equal" not in seen:  # it has not come so far; its loss says so
+            look("equal", model, last)
 
 
 def _train(
@@ -280,12 +295,13 @@ def _train(
     optimizer: torch.optim.Optimizer,
     data: _Data,
     plan: NetworkPlan,
-    epochs: int,
+    epochs: range,
     order: torch.Generator,
+    ended: Callable[[int], None],
 ) -> None:
     inputs, targets = data.train
     model.train()
-    for _ in range(epochs):
+    for epoch in epochs:
         for rows in torch.split(torch.randperm(len(targets), generator=order), plan.batch):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs[rows]), targets[rows])
@@ -293,21 +309,34 @@ def _train(
             optimizer.step()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()}")
+        ended(epoch)
 
 
-def _measured(plan: NetworkPlan, model: nn.Module, data: _Data, place: Place) -> Spectrum:
-    from conjugo.curvature import hessian
-
+def _batches(data: _Data, plan: NetworkPlan) -> list[tuple[Tensor, Tensor]]:
+    """Those on which the Hessian is taken."""
     inputs, targets = data.train
     rows = first_examples(len(targets), plan.examples, 0)
-    parts = rows.tensor_split(-(-len(rows) // plan.batch))
-    batches = [(inputs[part], targets[part]) for part in parts]
-    op = hessian(
-        model, F.cross_entropy, batches, bn_mode="eval" if place.view == "bn eval" else "train", method=plan.method
-    )
-    about = {**place._asdict(), "epoch": plan.epoch(place.moment), "accuracy": _accuracy(model, data)}
-    about |= {"model": VIEWS[place.view], "data": plan.label, "matrix": "hessian", "examples": len(rows)}
+    return [(inputs[part], targets[part]) for part in rows.tensor_split(-(-len(rows) // plan.batch))]
+
+
+def _measured(plan: NetworkPlan, model: nn.Module, data: _Data, place: Place, epoch: int) -> Spectrum:
+    from conjugo.curvature import hessian
+
+    batches = _batches(data, plan)
+    mode: Literal["eval", "train"] = "eval" if place.view == "bn eval" else "train"
+    op = hessian(model, F.cross_entropy, batches, bn_mode=mode, method=plan.method)
+    about = {**place._asdict(), "epoch": epoch, "accuracy": _accuracy(model, data), "matrix": "hessian"}
+    about |= {"model": VIEWS[place.view], "data": plan.label, "examples": sum(len(targets) for _, targets in batches)}
     return measure(op, steps=plan.steps, probes=plan.probes, top=plan.top, about=about)
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, data: _Data, plan: NetworkPlan) -> float:
+    """The training loss, batch norm with the statistics of each batch."""
+    model = copy.deepcopy(model).train()
+    batches = _batches(data, plan)
+    total = sum(len(targets) * F.cross_entropy(model(inputs), targets).item() for inputs, targets in batches)
+    return total / sum(len(targets) for _, targets in batches)
 
 
 @torch.no_grad()
@@ -365,6 +394,12 @@ class NetworksResult:
         there = {(place.view, place.moment) for place in self.spectra}
         return ((view, moment) for moment in MOMENTS for view in VIEWS if (view, moment) in there)
 
+    def when(self, moment: str) -> str:
+        """A moment in words, with the epochs."""
+        epochs = {spectrum.about["epoch"] for place, spectrum in self.spectra.items() if place.moment == moment}
+        low, high = min(epochs, default=0), max(epochs, default=0)
+        return f"{low if low == high else f'{low} to {high}'}, {MOMENTS[moment]}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; the densities are in files of their own."""
         found = [
@@ -390,9 +425,9 @@ class NetworksResult:
         for view, moment in self.shown():
             if moment not in (last, ""):
                 table.add_section()
-                table.add_row(f"[dim]{self.plan.epoch(moment)}, {MOMENTS[moment]}[/]")
+                table.add_row(f"[dim]{self.when(moment)}[/]")
             table.add_row(f"  {VIEWS[view]}", *(_mean(self.values(name, view, moment), name) for name in COLUMNS))
-            if expects and moment in self.plan.trained:
+            if expects and moment == "undropped":
                 cells = (_mean(EXPECTED[view].get(name, ()), name) for name in COLUMNS)
                 table.add_row("", *(f"[dim]{'' if cell == '–' else f'({cell})'}[/]" for cell in cells))
             last = moment
