@@ -193,9 +193,9 @@ def _curvlinops() -> Library:
     return Library(start, lambda operator, v: operator @ v, probes)
 
 
-def _conjugo(deflate: bool = True) -> Library:
+def _conjugo(deflate: bool = True, cache: Any = "auto") -> Library:
     def start(model: nn.Module, data: Data) -> Any:
-        return curvature.hessian(model, F.cross_entropy, data)
+        return curvature.hessian(model, F.cross_entropy, data, cache=cache)
 
     def probes(operator: Any, count: int, steps: int, seed: int) -> list[Spectrum]:
         found = curvature.spectral_density(operator, probes=count, steps=steps, seed=seed, deflate=deflate)
@@ -218,13 +218,14 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
 }
 
 
-def libraries(density: bool = True) -> dict[str, Library]:
-    """Those that are installed, and that have what is measured; says which do not."""
+FRUGAL = f"{OURS}, cache=False"
+VARIANTS = {**LIBRARIES, FRUGAL: partial(_conjugo, cache=False)}
+
+
+def libraries() -> dict[str, Library]:
+    """Those that are installed; says which are not."""
     found = {}
     for name, make in LIBRARIES.items():
-        if density and name == OURS and not hasattr(curvature, "spectral_density"):
-            print("conjugo.curvature has no spectral_density: left out")
-            continue
         try:
             found[name] = make()
         except ImportError as error:
@@ -346,7 +347,7 @@ def _compared(seconds: dict[str, list[float]], name: str) -> list[str]:
 
 def products() -> None:
     """Time of a product once the operator has made its first ones."""
-    found = libraries(density=False)
+    found = libraries()
     for plan in (plan for plan in PLANS if not plan.loader):
         model, data = trained(NETWORKS[plan.network]), batches(plan.batch)
         _agree(found, model, data)
@@ -381,7 +382,7 @@ KEPT = 20
 
 def memory() -> None:
     """Peak of the resident memory of one probe, each in a process of its own."""
-    names = list(libraries())
+    names = [FRUGAL, *libraries()]
     for network in NETWORKS:
         model = trained(NETWORKS[network], steps=0)
         size = sum(p.numel() for p in model.parameters())
@@ -425,7 +426,7 @@ def _activations(model: nn.Module) -> int:
 
 def _peak(network: str, batch: str, name: str) -> None:
     """Print by how many MiB the peak of one probe is above the memory before, of this process."""
-    library = LIBRARIES[name]()
+    library = VARIANTS[name]()
     model, data = trained(NETWORKS[network], steps=2), batches(int(batch) or None)
     # Kernels allocate once, and so does the first trace of any function: a small network takes that out of the measurement.
     small = nn.Sequential(nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 10))
@@ -456,7 +457,7 @@ def accuracy() -> None:
     exact = _exact(model)
     spread, outliers = exact[-1] - exact[0], 10
     found = libraries()
-    cases = {**found, **({f"{OURS}, deflate=False": _conjugo(deflate=False)} if OURS in found else {})}
+    cases = {**found, f"{OURS}, deflate=False": _conjugo(deflate=False)}
     for count, steps in ((4, 40), (PROBES, STEPS)):
         rows, errors = [], {}
         for name, library in cases.items():
@@ -476,7 +477,7 @@ def accuracy() -> None:
                 f"{statistics.mean(masses):.1e}", f"{max(tops):.0e}", f"{statistics.mean(ghosts):.1f}",
             ])  # fmt: skip
         for row, values in zip(rows, errors.values()):
-            row[2] = f"{statistics.mean(values) / statistics.mean(errors[OURS]):.1f}" if OURS in errors else ""
+            row[2] = f"{statistics.mean(values) / statistics.mean(errors[OURS]):.1f}"
         columns = ("library", "W1 / range", "to ours", "trace", "mass of 10 outliers", "λ max", "ghosts")
         caption = (
             f"means over {len(SEEDS)} seeds; relative errors (λ max: the largest); ghosts: copies of λ max in a probe, "

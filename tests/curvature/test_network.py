@@ -346,6 +346,19 @@ def test_an_operation_without_second_derivatives_is_named():
         operator @ torch.ones(operator.size).double()
 
 
+def test_a_product_or_a_loss_that_becomes_infinite_is_told():
+    model, (x, y) = network(), examples()
+    operator = hessian(model, F.cross_entropy, [(x[:6], y[:6]), (x[6:], y[6:])])
+    vector = torch.ones(operator.size).double()
+    operator @ vector
+    with pytest.raises(FloatingPointError, match="a product is not finite, though the loss is"):
+        operator @ (vector * float("inf"))
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="loss of batch 0 is nan"):
+        operator @ vector
+
+
 def product_of_a_share(model, vector):
     x, y = examples()
     own = slice(0, 8) if dist.get_rank() == 0 else slice(8, 12)

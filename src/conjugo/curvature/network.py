@@ -234,9 +234,23 @@ class NetworkOperator(Operator):
                 self._add(row, product(self._pieces(vector)), self._share(i))
         self._summed(total)
         if not bool(torch.isfinite(total.sum())):
-            self.loss()  # says so, if it is to blame
-            raise FloatingPointError(f"{self.kind}: a product is not finite, though the loss is")
+            self._blame()
         return total.add_(vectors, alpha=self._weight_decay) if self._weight_decay else total
+
+    def _blame(self) -> None:
+        """Raise FloatingPointError, with the batch whose loss is not finite if there is one. Collective."""
+        error = FloatingPointError(f"{self.kind}: a product is not finite, though the loss is")
+        parameters = self._function.parameters()
+        mine = False
+        try:
+            with torch.no_grad():
+                for i, batch in enumerate(self._batches):
+                    self._function.loss(i, batch, parameters)
+        except FloatingPointError as found:
+            error, mine = found, True
+        if float(self._summed(torch.tensor(float(mine), device=self.device))) and not mine:
+            error = FloatingPointError(f"{self.kind}: a loss on another rank is not finite")
+        raise error
 
     def _maps(self) -> Iterator[tuple[int, Product]]:
         """Of each batch, how its part of a product is made."""
