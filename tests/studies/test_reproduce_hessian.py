@@ -151,7 +151,7 @@ def test_what_was_published_is_recognised():
     assert list(verdicts(result)) == list(CLAIMS)
     text = shown(result)
     assert "images: the Hessian" in text
-    assert "2, after the drop" in text
+    assert "2, after drop" in text
     assert "BN running" in text
     assert "Given up" not in result.text()
     json.dumps(result.to_dict(), allow_nan=False)

@@ -58,11 +58,11 @@ VIEWS: Mapping[str, str] = {
 """What is measured: the network without batch norm, and that with it, whose Hessian is taken with either statistics."""
 
 MOMENTS: Mapping[str, str] = {
-    "init": "at the beginning",
-    "equal": "at equal losses",
-    "before": "before the drop",
-    "after": "after the drop",
-    "undropped": "without the drop",
+    "init": "beginning",
+    "equal": "equal loss",
+    "before": "before drop",
+    "after": "after drop",
+    "undropped": "no drop",
 }
 
 CONCENTRATED, ABSENT = 0.5, 0.1
@@ -398,7 +398,7 @@ class NetworksResult:
         """A moment in words, with the epochs."""
         epochs = {spectrum.about["epoch"] for place, spectrum in self.spectra.items() if place.moment == moment}
         low, high = min(epochs, default=0), max(epochs, default=0)
-        return f"{low if low == high else f'{low} to {high}'}, {MOMENTS[moment]}"
+        return f"{low if low == high else f'{low}-{high}'}, {MOMENTS[moment]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; the densities are in files of their own."""

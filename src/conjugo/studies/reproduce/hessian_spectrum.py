@@ -98,7 +98,7 @@ def _why_not(plan: NetworkPlan, request: Request, folder: Path | None) -> str | 
     if request.force or begun:
         return None
     return (
-        f"{plan.label} was left out: it takes about half an hour of one core. --force (force=True), with --resume to keep what "
+        f"{plan.label} was left out: it takes about 15 minutes of one core. --force (force=True), with --resume to keep what "
         "is done, does it all the same."
     )
 
