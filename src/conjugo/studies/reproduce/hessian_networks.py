@@ -542,8 +542,10 @@ def numbers(spectrum: Spectrum) -> dict[str, float | None]:
 
 
 def _mean(values: Sequence[float], name: str) -> str:
-    scale = 100 if name in ("accuracy", "fraction") else 1
+    """Short enough for a table in 80 columns."""
     if not values:
         return "–"
-    mean = scale * statistics.mean_sd(values)[0]
+    mean = statistics.mean_sd(values)[0]
+    if name in ("accuracy", "fraction"):
+        return f"{100 * mean:.0f}"
     return number(float(f"{mean:.2g}") if abs(mean) < 0.1 else mean)
