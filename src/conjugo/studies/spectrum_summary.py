@@ -21,6 +21,10 @@ MATRICES = {
 }
 
 
+_LEFT_OUT = ("2 / λ max", "effective rank")
+"""Of a table with several spectra, so that it fits a terminal of 80 columns."""
+
+
 def number(value: float | None) -> str:
     """Three digits; – where there is no number.
 
@@ -110,9 +114,10 @@ def table(spectra: Sequence[Spectrum]) -> RenderableType:
             shown.add_row("largest ones", "  ".join(map(number, spectra[0].eigenvalues)))
         shown.add_row("cost", cost(spectra[0]))
         return shown
-    shown = Table("step", *(name for name, _ in columns(spectra[0])), box=None, pad_edge=False)
-    for spectrum in spectra:
-        shown.add_row(f"{spectrum.about['step']:,}", *(value for _, value in columns(spectrum)))
+    rows = [[pair for pair in columns(spectrum) if pair[0] not in _LEFT_OUT] for spectrum in spectra]
+    shown = Table("step", *(name for name, _ in rows[0]), box=None, pad_edge=False)
+    for spectrum, row in zip(spectra, rows, strict=True):
+        shown.add_row(f"{spectrum.about['step']:,}", *(value for _, value in row))
     return shown
 
 
