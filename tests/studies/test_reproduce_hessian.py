@@ -266,6 +266,12 @@ def test_without_data(monkeypatch, tmp_path):
     assert len(result.networks) == 1
 
 
+@pytest.mark.parametrize("name", ["jobs", "workers"])
+def test_one_run_after_another(name):
+    with pytest.raises(ValueError, match=f"{name}.*one after another"):
+        stand_in(as_published, Request(**{name: 2}))
+
+
 def test_the_residual_network():
     torch.manual_seed(0)
     for batch_norm in (False, True):

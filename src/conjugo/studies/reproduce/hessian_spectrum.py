@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conjugo.errors import DataUnavailable
+from conjugo.errors import DataUnavailable, check
 from conjugo.studies.reproduce.grids import open_folder, save
 from conjugo.studies.reproduce.hessian_accuracy import AccuracyPlan, AccuracyResult, compare_with_exact
 from conjugo.studies.reproduce.hessian_networks import (
@@ -65,6 +65,9 @@ def experiment(
     """
     from conjugo.studies.reproduce import hessian_figures
 
+    for name in ("jobs", "workers"):
+        value = getattr(request, name)
+        check(value == 1, "reproduce", name, value, "1 for hessian-spectrum, whose runs are done one after another")
     accuracy = AccuracyPlan() if accuracy is None else accuracy
     out = request.out
     if out is not None:
