@@ -44,6 +44,22 @@ def test_sums_with_zeros_and_copies_are_dropped():
     assert operations(check(function, tensors((3, 2)), tensors((3, 2)))) == ["aten.mul.Tensor"]
 
 
+def test_a_row_that_is_added_to_a_product_is_a_part_of_it():
+    def function(c, v):
+        return [torch.zeros_like(c[0]) + v[1] + c[0] @ v[0], c[0] @ v[0] + v[1]]
+
+    traced = check(function, tensors((3, 3)), tensors((3, 3), (3,)))
+    assert operations(traced) == ["aten.expand.default", "aten.mm.default", *["aten.add.Tensor"] * 2]
+
+
+def test_a_row_and_two_products_are_one_sum():
+    function = lambda c, v: [c[0] @ v[0] + v[1] + v[0] @ c[0]]  # noqa: E731
+    assert operations(check(function, tensors((3, 3)), tensors((3, 3), (3,)))) == [
+        "aten.addmm.default",
+        "aten.addmm_.default",
+    ]
+
+
 def test_what_is_computed_twice_is_computed_once():
     traced = check(lambda c, v: [(c[0] * v[0]).sum() + (c[0] * v[0]).sum()], tensors((4,)), tensors((4,)))
     assert operations(traced).count("aten.mul.Tensor") == 1

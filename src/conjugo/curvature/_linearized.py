@@ -96,6 +96,12 @@ def _meta(node: Any) -> tuple[Any, ...] | None:
     return tuple(value.shape), value.stride(), value.dtype, value.device
 
 
+def _like(node: fx.Node, other: Any) -> bool:
+    """Whether both make tensors of one type and device."""
+    mine, others = _meta(node), _meta(other)
+    return mine is not None and others is not None and mine[2:] == others[2:]
+
+
 def _simplify(graph: fx.Graph) -> None:
     """Drop what changes nothing, what is computed twice and sums with zeros."""
     zeros: set[fx.Node] = set()
@@ -115,6 +121,12 @@ def _simplify(graph: fx.Graph) -> None:
                 same = left
             elif left in zeros and target is aten.add.Tensor and _meta(node) == _meta(right):
                 same = right
+            elif target is aten.add.Tensor and (left in zeros or right in zeros):
+                other = right if left in zeros else left
+                if _like(node, other):
+                    with graph.inserting_before(node):
+                        same = graph.call_function(aten.expand.default, (other, list(node.meta["val"].shape)))
+                    same.meta = dict(node.meta)
         if same is not None:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -192,20 +204,21 @@ def _accumulate(graph: fx.Graph) -> None:
         if node.op != "call_function":
             continue
         if node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2:
-            left, right = node.args
-            for total, product in ((left, right), (right, left)):
+            for total, product in (node.args, node.args[::-1]):
                 matrices = getattr(product, "target", None) is aten.mm.default and len(product.users) == 1
-                if matrices and total is not product and _own(total) and _meta(total) == _meta(node) == _meta(product):
+                if matrices and total is not product and _like(product, total) and _meta(product) == _meta(node):
+                    over = _own(total) and _meta(total) == _meta(node)
                     with graph.inserting_before(node):
-                        fused = graph.call_function(aten.addmm_.default, (total, *product.args))
+                        into = aten.addmm_.default if over else aten.addmm.default
+                        fused = graph.call_function(into, (total, *product.args))
                     fused.meta = dict(node.meta)
                     node.replace_all_uses_with(fused)
                     graph.erase_node(node)
                     graph.erase_node(product)
                     break
             else:
-                if not _own(left) and _own(right):
-                    node.args = (right, left)
+                if not _own(node.args[0]) and _own(node.args[1]):
+                    node.args = node.args[::-1]
         if node.target in _IN_PLACE and _own(node.args[0]) and _meta(node.args[0]) == _meta(node) is not None:
             rest = node.args[1:]
             if node.args[0] not in rest:
