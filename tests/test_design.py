@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "conjugo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"_files", "_space", "_tensors", "errors", "_version"}
+GROUND = {"_files", "_graphs", "_space", "_tensors", "errors", "_version"}
 METHODS = {"optim", "distributed", "curvature"}
 ABOVE = {"training": METHODS | GROUND, "studies": {"training", "tabular"} | METHODS | GROUND}
 ABOVE["cli"] = {"studies", *ABOVE["studies"]}

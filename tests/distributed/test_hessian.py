@@ -252,6 +252,23 @@ def bad_for_shards():
     return messages
 
 
+def test_an_operation_without_second_derivatives_is_refused():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.exp()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad
+
+    model = nn.Linear(2, 1)
+    vec = [torch.ones_like(p) for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        hvp(model, lambda model, x: Once.apply(model(x)).square().mean(), torch.eye(2), vec)
+
+
 def test_bad_arguments():
     model = wrapped("plain")
     v = vector(model)

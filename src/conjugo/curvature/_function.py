@@ -12,9 +12,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from conjugo._graphs import graph
 from conjugo.curvature._batches import Batch, tensors
 from conjugo.curvature._linearized import Linearized
-from conjugo.curvature._matrices import Matrix, Product, Vector, graph
+from conjugo.curvature._matrices import Matrix, Product, Vector
 from conjugo.errors import check
 
 __all__ = ["Function", "LossFn", "shapes"]

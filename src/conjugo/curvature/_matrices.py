@@ -11,14 +11,16 @@ for second-order gradient descent", 2002.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-__all__ = ["EmpiricalFisher", "GaussNewton", "Gradients", "Hessian", "Matrix", "MonteCarloFisher", "graph"]
+from conjugo._graphs import check_twice
+
+__all__ = ["EmpiricalFisher", "GaussNewton", "Gradients", "Hessian", "Matrix", "MonteCarloFisher"]
 
 Vector: TypeAlias = list[Tensor]
 Net: TypeAlias = Callable[[Vector], Any]
@@ -59,7 +61,7 @@ class Hessian(Matrix):
 
     def by_autograd(self, net: Net, loss: Loss, leaves: Vector) -> Product:
         gradient = torch.autograd.grad(loss(net(leaves)), leaves, create_graph=True, allow_unused=True)
-        _check_twice(gradient)
+        check_twice(gradient)
 
         def product(vector: Vector) -> Vector:
             curved = [(g, v) for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
@@ -93,7 +95,7 @@ class _ThroughOutputs(Matrix):
         outputs = net(leaves)
         weights = torch.zeros_like(outputs, requires_grad=True)
         back = _grad([outputs], leaves, [weights], create_graph=True)
-        _check_twice(back)
+        check_twice(back)
         fixed = outputs.detach()
 
         def product(vector: Vector) -> Vector:
@@ -188,21 +190,3 @@ def _grad(outputs: Vector, inputs: Vector, vector: Vector | None, *, create_grap
         outputs, inputs, vector, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
     return list(found)
-
-
-def graph(results: Iterable[Tensor | None]) -> Iterator[Any]:
-    """The nodes of the graph that autograd keeps for *results*."""
-    seen: set[Any] = set()
-    waiting: list[Any] = [x.grad_fn for x in results if x is not None]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [before for before, _ in node.next_functions]
-
-
-def _check_twice(gradient: Iterable[Tensor | None]) -> None:
-    """Raise RuntimeError if an operation forbids the derivative of its backward; autograd takes that for zero in silence."""
-    if any(node.name() == "torch::autograd::Error" for node in graph(gradient)):
-        raise RuntimeError("an operation is marked with once_differentiable")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from conjugo._graphs import check_twice
 from conjugo._space import ParamSpace, is_dtensor, to_local
 from conjugo._tensors import dot
 from conjugo.distributed.virtual_batch import Loss, group_of, parameters_of, sharded_modules
@@ -191,6 +192,7 @@ def _twice(loss: Tensor, params: Sequence[Tensor], vec: Sequence[Tensor]) -> lis
     free = [(p, v.detach()) for p, v in zip(params, vec, strict=True) if p.requires_grad]
     products: dict[Tensor, Tensor | None] = {}
     grads = torch.autograd.grad(loss, [p for p, _ in free], create_graph=True, allow_unused=True)
+    check_twice(grads)
     curved = [(g, v) for g, (_, v) in zip(grads, free, strict=True) if g is not None and g.requires_grad]
     if curved:
         found = torch.autograd.grad(
