@@ -185,7 +185,7 @@ class Function:
     def _as_asked(self, i: int) -> Iterator[None]:
         """Modules in the modes asked for, the random numbers of batch *i*, and operations that have second derivatives."""
         before = {module: module.training for module in self._modes}
-        device = self.parameters()[0].device
+        device = self._model.get_parameter(self._names[0]).device
         fast = torch.backends.mha.get_fastpath_enabled()
         try:
             for module, mode in self._modes.items():

@@ -139,6 +139,8 @@ class NetworkOperator(Operator):
         super().__init__(sum(named[name].numel() for name in chosen), kind, named[chosen[0]].device)
         self.names = tuple(chosen)
         """The parameters, in the order of their places in a vector."""
+        self._shapes = [named[name].shape for name in chosen]
+        self._sizes = [shape.numel() for shape in self._shapes]
         self.bn_mode = bn_mode
         self.fallback = ""
         """Why products are not traced, if they should be and are not."""
@@ -209,15 +211,16 @@ class NetworkOperator(Operator):
     def gradient(self) -> Tensor:
         """The gradient [P] of the loss, with weight decay. Collective."""
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        pieces = self._pieces(total)
         for i, batch in enumerate(self._batches):
             leaves = [p.clone().requires_grad_() for p in self._function.parameters()]
             with torch.enable_grad():
                 loss = self._function.loss(i, batch, leaves)
                 found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            self._add(total, list(found), self._weight(i))
+            torch._foreach_add_(pieces, list(found), alpha=self._weight(i))
         self._summed(total)
         if self._weight_decay:
-            self._add(total, self._function.parameters(), self._weight_decay)
+            torch._foreach_add_(pieces, self._function.parameters(), alpha=self._weight_decay)
         return total
 
     # Products --------------------------------------------------------------------------------------------------------------
@@ -229,9 +232,10 @@ class NetworkOperator(Operator):
             self._drawn.clear()
             self._bytes, self._version = 0, version
         total = torch.zeros_like(vectors)
+        pairs = [(self._pieces(row), self._pieces(vector)) for row, vector in zip(total, vectors, strict=True)]
         for i, product in self._maps():
-            for row, vector in zip(total, vectors, strict=True):
-                self._add(row, product(self._pieces(vector)), self._share(i))
+            for row, vector in pairs:
+                torch._foreach_add_(row, product(vector), alpha=self._share(i))
         self._summed(total)
         if not bool(torch.isfinite(total.sum())):
             self._blame()
@@ -307,13 +311,9 @@ class NetworkOperator(Operator):
         return 1 / self.n_batches if isinstance(self._matrix, Gradients) else self._weight(i)
 
     def _pieces(self, vector: Tensor) -> Vector:
-        parameters = self._function.parameters()
-        parts = torch.split(vector, [p.numel() for p in parameters])
-        return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
-
-    def _add(self, total: Tensor, found: Vector, weight: float) -> None:
-        """Add *found*, in the shapes of the parameters, to a vector."""
-        torch._foreach_add_(self._pieces(total), found, alpha=weight)
+        """The parts of a vector [P], in the shapes of the parameters; views of it."""
+        parts = torch.split(vector, self._sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _summed(self, x: Tensor) -> Tensor:
         if self.group is not None:

@@ -328,19 +328,19 @@ def spectrum_of(
     functions of :mod:`conjugo.curvature`.
     """
     workers = Workers()
-    model = subject.model.to(torch.float64) if settings.dtype == "float64" else subject.model
+    model = subject.model
     bn_mode = subject.bn_mode if settings.bn_mode is None else settings.bn_mode
     if bn_mode != "as-is":
         model.train(bn_mode == "train")
     together = normalises_batches(model, bn_mode.replace("-", "_")) or settings.matrix == "gradient-covariance"
     size = settings.batch or (subject.batch if together else None) or BATCH
-    batches = Converted(subject.cut(size, together), settings.dtype)
+    batches = subject.cut(size, together)
     top = min(TOP, subject.classes or TOP) if settings.top is None else settings.top
     about = {
         **subject.about,
         "matrix": settings.matrix,
         "examples": subject.examples,
-        "batch": getattr(batches.inner, "batch", None),
+        "batch": getattr(batches, "batch", None),
         "bn_mode": bn_mode.replace("-", "_") if has_batch_norm(model) else None,
         "params": settings.params,
         "workers": workers.size,
@@ -371,30 +371,15 @@ def spectrum_of(
     return found
 
 
-class Converted:
-    """Batches with floating-point tensors of another type."""
-
-    def __init__(self, inner: Iterable[tuple[Tensor, Tensor]], dtype: DType) -> None:
-        self.inner = inner
-        self._dtype = getattr(torch, dtype)
-
-    def _convert(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, targets in self.inner:
-            yield self._convert(inputs), self._convert(targets)
-
-
 def _operator(
-    settings: Settings, model: nn.Module, loss_fn: Any, batches: Converted, bn_mode: str, workers: Workers
+    settings: Settings, model: nn.Module, loss_fn: Any, batches: Iterable[Any], bn_mode: str, workers: Workers
 ) -> Any:
     from conjugo import curvature
 
     name = settings.matrix.removeprefix("empirical-").replace("-", "_")
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
     if name == "fisher":
-        more = {"kind": "empirical" if settings.matrix.startswith("empirical") else "mc", "seed": settings.seed}
+        more |= {"kind": "empirical" if settings.matrix.startswith("empirical") else "mc", "seed": settings.seed}
     group = dist.group.WORLD if workers.size > 1 else None
     make = getattr(curvature, name)
     return make(model, loss_fn, batches, settings.params, bn_mode=bn_mode, process_group=group, **more)
