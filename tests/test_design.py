@@ -11,12 +11,13 @@ PACKAGE = ROOT / "src" / "conjugo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {"_files", "_graphs", "_space", "_tensors", "errors", "_version"}
-METHODS = {"optim", "distributed", "curvature"}
+METHODS = {"optim", "distributed", "curvature", "scaling"}
 ABOVE = {"training": METHODS | GROUND, "studies": {"training", "tabular"} | METHODS | GROUND}
 ABOVE["cli"] = {"studies", *ABOVE["studies"]}
 ALLOWED = {
     **dict.fromkeys(METHODS, GROUND),
     "optim": {"distributed"} | GROUND,
+    "scaling": {"curvature", "optim"} | GROUND,
     "tabular": {"optim"} | GROUND,
     **ABOVE,
     **{room: {"_version"} for room in GROUND},
