@@ -11,7 +11,7 @@ Both estimates are unbiased and cost a few passes over a batch:
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -167,15 +167,20 @@ class CurvatureDiagonal(Preconditioner):
 
     def apply(self, block: Block, vectors: list[Tensor], fresh: Tensor) -> list[Tensor]:
         """v / (max(h / m, floor) + damping), by m too with *newton*."""
-        found = []
-        for v, values, mean in zip(vectors, block.state("curvature"), block.state("mean_curvature"), strict=True):
-            known = mean > 0
-            scale = torch.where(known, mean, 1.0).to(values.dtype)
-            relative = (self.sizes(values) / scale).clamp_(min=self.floor).add_(self.damping)
-            if self.newton:
-                relative.mul_(scale)
-            found.append(v / torch.where(known, relative, 1.0))
-        return found
+        return [v / self._relative(state) for v, state in zip(vectors, block.states, strict=True)]
+
+    def diagonal(self, state: Mapping[str, Tensor]) -> Tensor:
+        """What :meth:`apply` multiplies with."""
+        return 1 / self._relative(state)
+
+    def _relative(self, state: Mapping[str, Tensor]) -> Tensor:
+        values, mean = state["curvature"], state["mean_curvature"]
+        known = mean > 0
+        scale = torch.where(known, mean, 1.0).to(values.dtype)
+        relative = (self.sizes(values) / scale).clamp_(min=self.floor).add_(self.damping)
+        if self.newton:
+            relative.mul_(scale)
+        return torch.where(known, relative, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -295,6 +295,14 @@ class NLCG(ScopedOptimizer):
         shown |= {"rho": rho, "cosine": ratio(-gd, root(gg) * root(dd))}
         return self._shown(shown)
 
+    def metric(self) -> dict[Tensor, Tensor]:
+        """P of each parameter, of its shape (shards: of this rank's piece), where the preconditioner is diagonal, as it is now.
+
+        Empty where P is 1. Complex parameters have P for real and imaginary part, [..., 2].
+        """
+        diagonals = {p: self.precond.diagonal(self.state[p]) for group in self.param_groups for p in group["params"]}
+        return {p: diagonal for p, diagonal in diagonals.items() if diagonal is not None}
+
     # Curvature ---------------------------------------------------------------------------------------------------------
 
     @property

@@ -6,7 +6,7 @@ A new one subclasses :class:`Preconditioner`; :class:`conjugo.optim.NLCG` takes 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -87,6 +87,10 @@ class Preconditioner(ABC):
     @abstractmethod
     def apply(self, block: Block, vectors: list[Tensor], fresh: Tensor) -> list[Tensor]:
         """P v for each of *vectors* (new tensors, or *vectors* itself). fresh: 0-d bool, true before the first update."""
+
+    def diagonal(self, state: Mapping[str, Tensor]) -> Tensor | None:
+        """P for one parameter, of the shape of its state, where P is diagonal; None: it is 1, or is not diagonal."""
+        return None
 
     def multiply(self, block: Block, vectors: list[Tensor]) -> list[Tensor]:
         """H v for each of *vectors*; only where ``learns_from_steps``."""
@@ -201,6 +205,10 @@ class DiagonalBFGS(Preconditioner):
             if block.foreach
             else [v / h for v, h in zip(vectors, hs, strict=True)]
         )
+
+    def diagonal(self, state: Mapping[str, Tensor]) -> Tensor:
+        """1 / h."""
+        return 1 / (state["h"] + (self.EPS if self.reference else 0.0))
 
     def multiply(self, block: Block, vectors: list[Tensor]) -> list[Tensor]:
         """h v."""
