@@ -291,22 +291,38 @@ def warmup_factor(t: int, warmup_steps: int, *, power: float, init_factor: float
     return 1 - (1 - init_factor) * remaining
 
 
-def scale_lr(lr: float, batch: int, base_batch: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
+def scale_lr(
+    lr: float,
+    batch: int,
+    base_batch: int,
+    rule: Literal["linear", "sqrt", "noise"] = "linear",
+    *,
+    noise_scale: float | None = None,
+) -> float:
     """The learning rate for *batch* examples, given a good one for *base_batch*.
 
     ``linear``: lr * batch / base_batch, for SGD and its relatives (Goyal et al. 2017, arXiv:1706.02677).
     ``sqrt``: lr * sqrt(batch / base_batch), for adaptive methods (Krizhevsky 2014, arXiv:1404.5997; You et al. 2020,
-    arXiv:1904.00962). Raises ``ValueError`` for a batch below 1, a negative lr or an unknown rule.
+    arXiv:1904.00962). ``noise``: lr * (1 + b / base_batch) / (1 + b / batch) with b = *noise_scale*, the gradient noise scale
+    in examples: linear below it, constant beyond (McCandlish et al. 2018, arXiv:1812.06162, equation 2.7).
+    Raises ``ValueError`` for a batch below 1, a negative lr, an unknown rule or one without its noise scale.
 
     >>> scale_lr(0.1, batch=16384, base_batch=256)
     6.4
+    >>> round(scale_lr(0.1, batch=16384, base_batch=256, rule="noise", noise_scale=1024), 3)
+    0.471
     """
     check(0 <= lr < math.inf, "scale_lr", "lr", lr, "in [0, inf)")
     check(batch >= 1, "scale_lr", "batch", batch, ">= 1")
     check(base_batch >= 1, "scale_lr", "base_batch", base_batch, ">= 1")
-    if rule not in ("linear", "sqrt"):
-        unknown("scaling rule", rule, ("linear", "sqrt"))
+    if rule not in ("linear", "sqrt", "noise"):
+        unknown("scaling rule", rule, ("linear", "sqrt", "noise"))
+    good = noise_scale is None if rule != "noise" else noise_scale is not None and 0 <= noise_scale < math.inf
+    accepted = "a number >= 0" if rule == "noise" else f"None with the rule {rule!r}"
+    check(good, "scale_lr", "noise_scale", noise_scale, accepted)
     ratio = batch / base_batch
+    if noise_scale is not None:
+        return lr * (1 + noise_scale / base_batch) / (1 + noise_scale / batch)
     return lr * (ratio if rule == "linear" else math.sqrt(ratio))
 
 

@@ -6,7 +6,33 @@ gradient descent with batch norm on least squares, where all of it can be known 
 SGD changes with the width of a network.
 """
 
+from conjugo.optim.schedules import scale_lr
+from conjugo.scaling.laws import (
+    CriticalBatch,
+    Interval,
+    adascale_gain,
+    critical_batch,
+    efficient_batch,
+    fastest_batch,
+    fit_critical_batch,
+    optimal_lr,
+    scale_adam,
+)
 from conjugo.scaling.metric import diagonal_metric
 from conjugo.scaling.noise_scale import NoiseScale, gradient_noise_scale
 
-__all__ = ["NoiseScale", "diagonal_metric", "gradient_noise_scale"]
+__all__ = [
+    "CriticalBatch",
+    "Interval",
+    "NoiseScale",
+    "adascale_gain",
+    "critical_batch",
+    "diagonal_metric",
+    "efficient_batch",
+    "fastest_batch",
+    "fit_critical_batch",
+    "gradient_noise_scale",
+    "optimal_lr",
+    "scale_adam",
+    "scale_lr",
+]
