@@ -7,6 +7,7 @@ SGD changes with the width of a network.
 """
 
 from conjugo.optim.schedules import scale_lr
+from conjugo.scaling import width
 from conjugo.scaling.laws import (
     CriticalBatch,
     Interval,
@@ -20,6 +21,7 @@ from conjugo.scaling.laws import (
 )
 from conjugo.scaling.metric import diagonal_metric
 from conjugo.scaling.noise_scale import NoiseScale, gradient_noise_scale
+from conjugo.scaling.width import normalized_noise_scale
 
 __all__ = [
     "CriticalBatch",
@@ -32,7 +34,9 @@ __all__ = [
     "fastest_batch",
     "fit_critical_batch",
     "gradient_noise_scale",
+    "normalized_noise_scale",
     "optimal_lr",
     "scale_adam",
     "scale_lr",
+    "width",
 ]
