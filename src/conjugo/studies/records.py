@@ -22,7 +22,8 @@ class Task:
     """One training run that a study wants: which contender, where, with which setting and seed.
 
     *study* names the cell's row (for example the number of steps) where one study has several tables; *index* counts the
-    trials or the seeds of a phase; *second* is the value of the contender's second tuned hyperparameter, if it has one.
+    trials or the seeds of a phase; *second* is the value of the contender's second tuned hyperparameter, if it has one;
+    *limit* is the number of steps after which the run is given up, where it ends at a target otherwise.
     """
 
     contender: str
@@ -33,6 +34,7 @@ class Task:
     lr: float
     second: float | None = None
     study: str = ""
+    limit: int | None = None
 
     @property
     def cell(self) -> tuple[str, str, int]:
@@ -56,7 +58,8 @@ class Outcome:
 
     accuracy (fraction), loss (None if not finite) and curve (steps, accuracy) are on the validation split in phase "tune"
     and on the test split in phase "final". *samples* counts examples sent forward and backward. *seconds* of training do
-    not count when outcomes are compared.
+    not count when outcomes are compared. *reached* is the number of steps to a target, interpolated between two evaluations;
+    None if the run ended before it, or had none.
     """
 
     steps: int
@@ -66,6 +69,7 @@ class Outcome:
     diverged: bool
     seconds: float = field(compare=False)
     curve: tuple[tuple[int, float], ...] = ()
+    reached: float | None = None
 
 
 @dataclass(frozen=True)
