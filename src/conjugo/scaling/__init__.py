@@ -7,7 +7,8 @@ SGD changes with the width of a network.
 """
 
 from conjugo.optim.schedules import scale_lr
-from conjugo.scaling import width
+from conjugo.scaling import bngd, width
+from conjugo.scaling.bn_layers import EffectiveLRTracker, LayerCondition, effective_condition, scale_invariant_groups
 from conjugo.scaling.laws import (
     CriticalBatch,
     Interval,
@@ -25,11 +26,15 @@ from conjugo.scaling.width import normalized_noise_scale
 
 __all__ = [
     "CriticalBatch",
+    "EffectiveLRTracker",
     "Interval",
+    "LayerCondition",
     "NoiseScale",
     "adascale_gain",
+    "bngd",
     "critical_batch",
     "diagonal_metric",
+    "effective_condition",
     "efficient_batch",
     "fastest_batch",
     "fit_critical_batch",
@@ -37,6 +42,7 @@ __all__ = [
     "normalized_noise_scale",
     "optimal_lr",
     "scale_adam",
+    "scale_invariant_groups",
     "scale_lr",
     "width",
 ]
