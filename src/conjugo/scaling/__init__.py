@@ -21,6 +21,7 @@ from conjugo.scaling.laws import (
     scale_adam,
 )
 from conjugo.scaling.metric import diagonal_metric
+from conjugo.scaling.noise_monitor import MicroBatchNorms, NoiseScaleMonitor, attach
 from conjugo.scaling.noise_scale import NoiseScale, gradient_noise_scale
 from conjugo.scaling.width import normalized_noise_scale
 
@@ -29,8 +30,11 @@ __all__ = [
     "EffectiveLRTracker",
     "Interval",
     "LayerCondition",
+    "MicroBatchNorms",
     "NoiseScale",
+    "NoiseScaleMonitor",
     "adascale_gain",
+    "attach",
     "bngd",
     "critical_batch",
     "diagonal_metric",
