@@ -18,6 +18,7 @@ __all__ = ["Paper", "Result", "names", "paper", "reproduce"]
 def _papers() -> dict[str, Paper]:
     # Here, not above: the list of names must not cost the import of the training code.
     from conjugo.studies.reproduce.adagrad_norm import PAPER as ADAGRAD_NORM
+    from conjugo.studies.reproduce.advisor import PAPER as ADVISOR
     from conjugo.studies.reproduce.batch_size import PAPER as BATCH_SIZE
     from conjugo.studies.reproduce.frsgd import PAPER as FRSGD
     from conjugo.studies.reproduce.hessian_spectrum import PAPER as HESSIAN_SPECTRUM
@@ -33,6 +34,7 @@ def _papers() -> dict[str, Paper]:
         "batch-size": BATCH_SIZE,
         "tabular-cg": TABULAR_CG,
         "hessian-spectrum": HESSIAN_SPECTRUM,
+        "advisor": ADVISOR,
     }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from conjugo.distributed import GlobalBatchSampler
-from conjugo.errors import check
 from conjugo.scaling import Interval, fit_critical_batch
 from conjugo.studies import statistics
 from conjugo.studies.plans import FIRST_TUNING_SEED
@@ -44,6 +43,14 @@ __all__ = [
 CATALOGUE = {"sgd": "sgd", "momentum": "momentum", "adam": "adamw", "nlcg": "nlcg"}
 """What :func:`conjugo.training.optimizers.build` calls the optimizers of the advisor."""
 
+_GUESSES: Mapping[str, Callable[[int], float]] = {
+    "sgd": lambda batch: 0.5 / (1 + 64 / batch),
+    "momentum": lambda batch: 0.1 / (1 + 64 / batch),
+    "adam": lambda batch: 0.02 * min(1.0, math.sqrt(batch / 64)),
+    "nlcg": lambda batch: 0.4 / (1 + 16 / batch),
+}
+"""Where the search for the learning rate at a batch size begins: the result does not depend on it, only its length."""
+
 RESOLUTION = 0.02
 """The loss over all examples is looked at whenever the steps have grown by this fraction (and at each of the first fifty)."""
 
@@ -52,6 +59,9 @@ _NEAR = 1.3
 
 _HOPELESS = 1e3
 """A loss of so many times that at the beginning counts as diverged."""
+
+_AT_ONCE = 4096
+"""Examples in one pass when the loss over all of them is taken."""
 
 _LOWEST = -20
 """Half octaves below the first guess at which the search for a learning rate that reaches the target is given up."""
@@ -69,18 +79,23 @@ def train_to_target(problem: Problem, optimizer: str, *, batch: int, lr: float, 
     method = optimizers.build(CATALOGUE[optimizer], model.parameters(), lr=lr)
     batches = GlobalBatchSampler(len(inputs), batch, seed=seed)
 
+    parts = -(-len(inputs) // _AT_ONCE)
+
+    @torch.no_grad()
     def whole() -> tuple[float, float]:
-        with torch.no_grad():
-            outputs = model(inputs)
-            right = outputs.argmax(1) == targets
-            return problem.loss(outputs, targets).item(), right.double().mean().item()
+        loss = right = 0.0
+        for some, known in zip(inputs.tensor_split(parts), targets.tensor_split(parts)):
+            outputs = model(some)
+            loss += problem.loss(outputs, known).item() * len(some)
+            right += int((outputs.argmax(1) == known).sum())
+        return loss / len(inputs), right / len(inputs)
 
     before, (loss, accuracy) = 0, whole()
     most = _HOPELESS * loss
     recent: deque[float] = deque()
     step, due, diverged, reached = 0, 1, False, None
     while step < limit and reached is None and not diverged:
-        index = next(batches)
+        index = next(batches).to(inputs.device)
         value = problem.loss(model(inputs.index_select(0, index)), targets.index_select(0, index))
         method.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
@@ -124,20 +139,20 @@ def run_task(problems: Sequence[Problem], task: Task) -> Outcome:
 class Sweep:
     """The plan of a cell.
 
-    start: first guess of the learning rate. limit: most steps of a run as long as none has reached the target. tuning_seeds:
-    runs at each learning rate. seeds: fresh ones at the best. advised: learning rates that also get the first *paired* of the
-    fresh seeds.
+    limit: most steps of a run as long as none has reached the target. tuning_seeds: runs at each learning rate. seeds: fresh
+    ones at the best. advised: learning rates that also get the first *paired* of the fresh seeds. start: where the search
+    for the learning rate begins, None: at a guess.
     """
 
     problem: str
     optimizer: str
     batch_size: int
-    start: float
     limit: int
     tuning_seeds: int = 2
     seeds: int = 4
     advised: tuple[float, ...] = ()
     paired: int = 2
+    start: float | None = None
 
     @property
     def cell(self) -> tuple[str, str, int]:
@@ -190,7 +205,8 @@ class Sweep:
 
     def rate(self, place: int) -> float:
         """The learning rate *place* half octaves above the first guess, which is rounded to the common grid."""
-        return float(2.0 ** ((round(2 * math.log2(self.start)) + place) / 2))
+        start = _GUESSES[self.optimizer](self.batch_size) if self.start is None else self.start
+        return float(2.0 ** ((round(2 * math.log2(start)) + place) / 2))
 
     def _task(self, phase: Any, index: int, seed: int, lr: float, limit: int) -> Task:
         return Task(
