@@ -25,6 +25,7 @@ def _papers() -> dict[str, Paper]:
     from conjugo.studies.reproduce.mclr import PAPER as MCLR
     from conjugo.studies.reproduce.nlcg import PAPER as NLCG
     from conjugo.studies.reproduce.tabular_cg import PAPER as TABULAR_CG
+    from conjugo.studies.reproduce.width import PAPER as WIDTH
 
     return {
         "nlcg": NLCG,
@@ -34,6 +35,7 @@ def _papers() -> dict[str, Paper]:
         "batch-size": BATCH_SIZE,
         "tabular-cg": TABULAR_CG,
         "hessian-spectrum": HESSIAN_SPECTRUM,
+        "width": WIDTH,
         "advisor": ADVISOR,
     }
 

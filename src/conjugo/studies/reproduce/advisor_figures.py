@@ -27,7 +27,7 @@ def figures(result: AdvisorResult) -> dict[str, Figure]:
 def steps(result: AdvisorResult, problem: Problem) -> Figure:
     """A panel for each optimizer: measured steps with their spread, each prediction with its interval."""
     names = result.plan.optimizers
-    with panels(len(names), shared=False) as (figure, axeses):
+    with panels(len(names)) as (figure, axeses):
         for axes, name in zip(axeses, names):
             _panel(result, problem, name, axes)
         figure.supylabel("steps to the target", fontsize=10)
@@ -38,6 +38,8 @@ def steps(result: AdvisorResult, problem: Problem) -> Figure:
 
 
 def _panel(result: AdvisorResult, problem: Problem, name: str, axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator
+
     ours, theirs = drawing.COLORS[1], drawing.COLORS[0]
     for i, prediction in enumerate(result.predicted(problem.name, name)):
         known = [(batch, *interval) for batch, interval in prediction.steps.items() if math.isfinite(interval.value)]
@@ -66,6 +68,7 @@ def _panel(result: AdvisorResult, problem: Problem, name: str, axes: Axes) -> No
     axes.set_yscale("log")
     axes.set_xticks(problem.batches, [str(batch) for batch in problem.batches])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title(LABELS[name], fontsize=10)
     axes.set_xlabel("batch")

@@ -440,7 +440,3 @@ def percent_text(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–" if value is None else "∞"
     return "> 1000 %" if value > 10 else f"{100 * value:.{0 if abs(value) >= 0.1 else 1}f} %"
-        "–"
-        if value is None
-        else f"{number(100 * value) if abs(value) < 10 else '> 1000' if value < math.inf else '∞'} %"
-    )
