@@ -373,8 +373,9 @@ def _quantile(level: float, freedom: int) -> float:
 
 @dataclass(frozen=True)
 class WidthLaw:
-    """gbar = c w^exponent, fitted to the best noise scales of several widths."""
+    """gbar = factor w^exponent, fitted to the best noise scales of several widths."""
 
+    factor: float
     exponent: float
     """1 by the paper."""
     interval: tuple[float, float]
@@ -387,6 +388,11 @@ class WidthLaw:
     """Those that were used."""
     left_out: tuple[float, ...]
     """Those whose optimum lies at the edge of its scan."""
+
+    def gbar(self, width: float) -> float:
+        """The best noise scale at another width, by the fitted exponent. width: > 0. Raises ValueError."""
+        _check_positive("WidthLaw.gbar", "width", width)
+        return self.factor * float(width**self.exponent)
 
 
 def width_law(widths: Sequence[float], optima: Sequence[OptimalNoiseScale], *, level: float = 0.95) -> WidthLaw:
@@ -415,6 +421,7 @@ def width_law(widths: Sequence[float], optima: Sequence[OptimalNoiseScale], *, l
     stderr = math.sqrt((max(1.0, rest) if errors.all() else rest) / spread)
     half = _quantile(level, len(x) - 2) * stderr
     return WidthLaw(
+        factor=math.exp(mean_y - exponent * mean_x),
         exponent=exponent,
         interval=(exponent - half, exponent + half),
         stderr=stderr,
