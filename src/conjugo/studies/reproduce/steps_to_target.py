@@ -63,8 +63,8 @@ _HOPELESS = 1e3
 _AT_ONCE = 4096
 """Examples in one pass when the loss over all of them is taken."""
 
-_LOWEST = -20
-"""Half octaves below the first guess at which the search for a learning rate that reaches the target is given up."""
+_FARTHEST = 20
+"""Half octaves from the first guess at which the search for a learning rate that reaches the target is given up."""
 
 
 def train_to_target(problem: Problem, optimizer: str, *, batch: int, lr: float, seed: int, limit: int) -> Outcome:
@@ -231,9 +231,8 @@ def _next_place(scores: dict[int, float]) -> int | None:
     best = min(scores, key=lambda place: (scores[place], place), default=None)
     if best is None:
         return 0
-    if scores[best] == math.inf:  # too large, most likely: those that are too small get there some time
-        lowest = min(scores) - 4
-        return lowest if lowest >= _LOWEST else None
+    if scores[best] == math.inf:  # too large, most likely; but it may be so small that the limit is met first
+        return next((place for k in range(4, _FARTHEST + 1, 4) for place in (-k, k) if place not in scores), None)
     return next((place for place in (best + 2, best - 2, best + 1, best - 1) if place not in scores), None)
 
 
