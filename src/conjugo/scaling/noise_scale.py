@@ -110,6 +110,7 @@ def gradient_noise_scale(
     hessian: bool = False,
     seed: int = 0,
     memory: int = 2**29,
+    population: int | None = None,
     process_group: Any = None,
 ) -> NoiseScale:
     r"""Measure the gradient noise scale of *model* where it is now.
@@ -140,6 +141,8 @@ def gradient_noise_scale(
             (at most 1,024), in the coordinates of the metric.
         seed: of the choice of examples and of what the model draws.
         memory: bytes for gradients that are kept for the interval; at least 8 are, whatever they take.
+        population: how many examples there are, where *data* are batches that were drawn from them without replacement; a mean
+            over all of them has no noise then. None: infinitely many; of ``(inputs, targets)`` it is known.
         process_group: of the ranks, which have data of their own and get the same result; by default all ranks.
 
     Parameters, their ``.grad``, buffers and random numbers stay what they were. Raises ValueError for an argument out of range,
@@ -165,8 +168,11 @@ def gradient_noise_scale(
         raise ValueError(f"{owner}: micro_batch must be at least 2 with batch norm in train mode, got 1")
     metric = {} if optimizer is None else diagonal_metric(optimizer)
     weights = [metric.get(p) for p in params] if metric else None
-    population = _population(data)
-    kept = _Kept(params, weights, ranks, micro_batch, memory, None if population is None else population * ranks.size)
+    own = _population(data)
+    if own is not None:
+        check(population is None, owner, "population", population, "left out, as it is known")
+        population = own * ranks.size
+    kept = _Kept(params, weights, ranks, micro_batch, memory, population)
     used: list[tuple[Any, Any]] = []
     most = max_examples // (micro_batch * ranks.size)
     last = False

@@ -1,0 +1,371 @@
+"""Short training runs that leave no trace: what learning rate is best for a batch, and how many steps to a loss.
+
+`Problem` is what is trained: a model, its loss, the examples and how an optimizer is made. `Run` trains a copy with constant
+learning rate. `race` lets learning rates run against each other and keeps those that lead.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from conjugo.distributed import GlobalBatchSampler
+from conjugo.errors import check
+from conjugo.scaling.noise_scale import LossFn, undisturbed
+
+__all__ = ["Clock", "Examples", "MakeOptimizer", "Problem", "Raced", "Run", "race"]
+
+MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
+"""make(parameters, lr)."""
+
+JUDGED = 4096
+"""Examples at most, chosen once, over which the loss of a probe is taken."""
+EVERY = 1.04
+"""The loss is taken each time the steps have grown by this factor."""
+ROOT2 = math.sqrt(2)
+
+
+class Clock:
+    """What a measurement may take: seconds, and examples sent forward and backward; either may be infinite."""
+
+    def __init__(self, seconds: float = math.inf, examples: float = math.inf) -> None:
+        self._end = time.monotonic() + seconds
+        self._most = examples
+        self.examples = 0
+        self._begin = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._begin
+
+    @property
+    def over(self) -> bool:
+        """Whether seconds or examples are used up."""
+        return self.examples >= self._most or time.monotonic() >= self._end
+
+    def share(self, fraction: float) -> Clock:
+        """A clock of *fraction* of what is left here, which counts examples of its own."""
+        return Clock((self._end - time.monotonic()) * fraction, (self._most - self.examples) * fraction)
+
+
+class Examples:
+    """Examples that can be taken in any order and number.
+
+    data: ``(inputs, targets)``, a map-style Dataset of such pairs, a DataLoader of one, or batches, which are put together.
+    """
+
+    MOST = 2**16
+    """Of batches that are put together, so many examples are kept."""
+
+    def __init__(self, data: Any, device: torch.device) -> None:
+        self.device = device
+        self._dataset: Any = None
+        if isinstance(data, torch.utils.data.DataLoader):
+            known = not isinstance(data.dataset, torch.utils.data.IterableDataset)
+            if known:
+                self._collate: Callable[[list[Any]], Any] = data.collate_fn
+                data = data.dataset
+        else:
+            self._collate = torch.utils.data.default_collate
+        whole = isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], tuple)
+        if not whole and hasattr(data, "__getitem__") and not isinstance(data, list | tuple):
+            self._dataset = data
+            self.n = len(data)
+        else:
+            self._inputs, self._targets = data if whole else _joined(data, self.MOST)
+            self.n = _length(self._inputs)
+            same = _length(self._targets) == self.n
+            check(same, "advise", "the number of targets", _length(self._targets), f"{self.n}, one per input")
+            self._inputs, self._targets = self._moved(self._inputs), self._moved(self._targets)
+        check(self.n >= 2, "advise", "the number of examples", self.n, ">= 2")
+
+    def _moved(self, nested: Any) -> Any:
+        return tree_map_only(Tensor, lambda x: x.to(self.device), nested)
+
+    def take(self, rows: Tensor) -> tuple[Any, Any]:
+        """Inputs and targets of the examples *rows* (int64), on the device."""
+        if self._dataset is not None:
+            inputs, targets = self._collate([self._dataset[i] for i in rows.tolist()])
+            return self._moved(inputs), self._moved(targets)
+        rows = rows.to(self.device)
+        return (
+            tree_map_only(Tensor, lambda x: x.index_select(0, rows), self._inputs),
+            tree_map_only(Tensor, lambda x: x.index_select(0, rows), self._targets),
+        )
+
+
+def _length(nested: Any) -> int:
+    found = [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    check(len(found) > 0, "advise", "the data", type(nested).__name__, "tensors of examples")
+    return len(found[0])
+
+
+def _joined(data: Iterable[Any], most: int) -> tuple[Any, Any]:
+    batches, n = [], 0
+    for batch in data:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        check(pair, "advise", "a batch", type(batch).__name__, "a pair: inputs, targets")
+        batches.append(tuple(batch))
+        n += _length(batch[0])
+        if n >= most:
+            break
+    check(n > 0, "advise", "the number of examples", n, ">= 2")
+    joined = tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *batches)
+    return joined[0], joined[1]
+
+
+@dataclass
+class Problem:
+    """What is trained. The model is never changed: every run has a copy.
+
+    micro_batch: most examples that go through the model at once.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    examples: Examples
+    make_optimizer: MakeOptimizer
+    needs_loss: bool = False
+    micro_batch: int | None = None
+    clock: Clock = field(default_factory=Clock)
+    judged: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Choose the examples that runs are judged by."""
+        n = self.examples.n
+        self.judged = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:JUDGED]
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """*rows*, cut into micro-batches."""
+        size = self.micro_batch or len(rows)
+        return rows.tensor_split(-(-len(rows) // size))
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        """The mean loss over the examples that runs are judged by, in the mode that training has; changes nothing."""
+        total = torch.zeros((), dtype=torch.float64)
+        with undisturbed(model, 0):
+            for part in self.judged.split(min(len(self.judged), self.micro_batch or 1024)):
+                inputs, targets = self.examples.take(part)
+                total += self.loss_fn(model(inputs), targets).cpu() * len(part)
+        return float(total / len(self.judged))
+
+
+class Run:
+    """A copy of the model in training with batches of *batch* at the constant learning rate *lr*."""
+
+    def __init__(self, problem: Problem, lr: float, batch: int, *, seed: int = 0) -> None:
+        self.problem = problem
+        self.lr = lr
+        self.batch = batch
+        self.seed = seed
+        self.model = copy.deepcopy(problem.model)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = problem.make_optimizer(self.params, lr)
+        self._sampler = GlobalBatchSampler(problem.examples.n, batch, seed=seed)
+        self.step = 0
+        self._next = 1.0
+        self.curve: list[tuple[int, float]] = [(0, problem.loss(self.model))]
+        self.failed = False
+
+    @property
+    def loss(self) -> float:
+        """The last that was taken."""
+        return self.curve[-1][1]
+
+    def advance(self, to: int, target: float = -math.inf) -> None:
+        """Train until step *to*, or until the loss is at *target*, or the clock is over, or it fails."""
+        with _seeded(self.problem.examples.device, (self.seed, self.step)):
+            while self.step < to and not self.failed and not self.problem.clock.over:
+                self._train()
+                if self.step >= self._next or self.step == to:
+                    self._judge()
+                    if self.loss <= target:
+                        return
+
+    def _train(self) -> None:
+        problem = self.problem
+        rows = next(self._sampler)
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=problem.examples.device)
+        for part in problem.parts(rows):
+            inputs, targets = problem.examples.take(part)
+            loss = problem.loss_fn(self.model(inputs), targets) * (len(part) / len(rows))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if problem.needs_loss:
+            self.optimizer.step(loss=total)  # type: ignore[call-overload]
+        else:
+            self.optimizer.step()
+        self.step += 1
+        problem.clock.examples += len(rows)
+
+    def _judge(self) -> None:
+        loss = self.problem.loss(self.model)
+        self.failed = not math.isfinite(loss) or loss > 100 * abs(self.curve[0][1]) + 1
+        self.curve.append((self.step, loss if math.isfinite(loss) else math.inf))
+        self._next = max(self.step + 1, self.step * EVERY)
+
+    def release(self) -> None:
+        """Give the memory back; the curve stays."""
+        del self.model, self.optimizer, self.params
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last half of the steps brought the loss down by less than 3 %."""
+        half = [loss for step, loss in self.curve if step <= self.step / 2]
+        return self.step >= 40 and min(loss for _, loss in self.curve) > 0.97 * min(half)
+
+    def steps_to(self, target: float) -> float:
+        """Steps until the loss was at *target* first, between two looks by its logarithm; infinite: never so far."""
+        return steps_to(self.curve, target)
+
+
+def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float:
+    """Where *curve*, pairs (step, loss), first reaches *target*."""
+    if curve[0][1] <= target:
+        return 0.0
+    for (s0, l0), (s1, l1) in pairwise(curve):
+        if l1 <= target:
+            logs = l0 > 0 and l1 > 0 and target > 0
+            part = math.log(l0 / target) / math.log(l0 / l1) if logs else (l0 - target) / (l0 - l1)
+            return s0 + (s1 - s0) * part
+    return math.inf
+
+
+@contextmanager
+def _seeded(device: torch.device, source: tuple[int, int]) -> Iterator[None]:
+    """What models draw inside depends on *source* alone, and nothing outside depends on it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(hash(source) % 2**63)
+        yield
+
+
+@dataclass
+class Raced:
+    """The outcome of a race. target: what was asked for, or what the leader reached when the time was over."""
+
+    lr: float
+    """The best learning rate, between those that ran, by a parabola through the best three."""
+    steps: float
+    """To the target, of the best one that ran."""
+    target: float
+    reached: bool
+    """Whether the target is the one asked for."""
+    bracketed: bool
+    """Whether a larger and a smaller learning rate were worse."""
+    results: dict[float, float]
+    """Steps by learning rate; infinite: given up."""
+    failed: tuple[float, ...]
+    """Learning rates whose loss exploded."""
+
+
+def race(
+    problem: Problem,
+    batch: int,
+    lrs: Sequence[float],
+    *,
+    target: float | None,
+    seed: int = 0,
+    patience: float = 2.0,
+    refine: bool = True,
+    limits: tuple[float, float] = (0.0, math.inf),
+) -> Raced | None:
+    """Find the learning rate that brings the loss down fastest; None if none of them does at all.
+
+    All *lrs* run on the same batches, in rounds of growing length. Whoever needs *patience* times as many steps as the leader to
+    the same loss drops out. When the leader is at *target* (None: never), neighbours of the best one are tried, until it has a worse
+    one on either side: first with the ratio of *lrs*, and with *refine* by the square root of 2.
+    """
+    goal = -math.inf if target is None else target
+    alive = [Run(problem, lr, batch, seed=seed) for lr in sorted(lrs)]
+    ratio = min((b / a for a, b in pairwise(sorted(lrs))), default=2.0)
+    curves: dict[float, Run] = {}
+    length = 8
+    failed: list[float] = []
+    while True:
+        for run in alive:
+            run.advance(length, goal)
+        failed += [run.lr for run in alive if run.failed]
+        good = [run for run in alive if not run.failed]
+        for run in good:
+            curves[run.lr] = run
+        for lr in failed:
+            curves.pop(lr, None)
+        if not good:  # the leader has exploded: those that it had beaten, and smaller ones, try again
+            smaller = sorted({*(lr for lr in lrs if lr < min(failed)), min(failed) / ratio, min(failed) / ratio**2})
+            if len(failed) > 8 + len(lrs) or problem.clock.over:
+                return None
+            alive = [Run(problem, lr, batch, seed=seed) for lr in smaller if lr >= limits[0]]
+            if not alive:
+                return None
+            continue
+        leader = min(good, key=lambda run: (run.steps_to(goal), run.loss))
+        if leader.loss <= goal or problem.clock.over:
+            break
+        alive = [run for run in good if steps_to(leader.curve, run.loss) >= run.step / patience or run is leader]
+        for run in good:
+            if run not in alive:
+                run.release()
+        smaller = leader.lr / ratio
+        if leader.stalled and not any(run.lr < 0.99 * leader.lr for run in alive) and smaller >= limits[0]:
+            alive.append(Run(problem, smaller, batch, seed=seed))
+        length = math.ceil(length * 1.5)
+    reached = leader.loss <= goal
+    if not reached:
+        goal = leader.loss
+        if goal >= leader.curve[0][1]:
+            return None
+    results = {lr: run.steps_to(goal) for lr, run in curves.items()}
+    best = min(results, key=lambda lr: results[lr])
+    for step in (ratio, ROOT2) if refine and ratio > 1.5 else (ratio,):
+        while not problem.clock.over:
+            wanted = [best * step, best / step]
+            new = next((lr for lr in wanted if not _tried(lr, results, failed) and limits[0] <= lr <= limits[1]), None)
+            if new is None:
+                break
+            run = Run(problem, new, batch, seed=seed)
+            run.advance(math.ceil(results[best] * 1.3) + 1, goal)
+            results[new] = run.steps_to(goal)
+            if run.failed:
+                failed.append(new)
+            best = min(results, key=lambda lr: results[lr])
+    lr, bracketed = _vertex(results, best)
+    return Raced(lr, results[best], goal, reached, bracketed, results, tuple(sorted(failed)))
+
+
+def _tried(lr: float, results: dict[float, float], failed: Sequence[float]) -> bool:
+    near = any(abs(math.log(lr / other)) < 0.05 for other in results)
+    return near or any(lr >= other * 0.99 for other in failed)
+
+
+def _vertex(results: dict[float, float], best: float) -> tuple[float, bool]:
+    """Where the parabola through the best learning rate and its finite neighbours is lowest, and whether there are neighbours."""
+    order = sorted(results)
+    at = order.index(best)
+    if at in (0, len(order) - 1):
+        return best, False
+    low, high = order[at - 1], order[at + 1]
+    if not (math.isfinite(results[low]) and math.isfinite(results[high])):
+        return best, True
+    x0, x1, x2 = math.log(low), math.log(best), math.log(high)
+    y0, y1, y2 = (math.log(max(results[lr], 1.0)) for lr in (low, best, high))
+    curvature = (y2 - y1) / (x2 - x1) - (y1 - y0) / (x1 - x0)
+    if curvature <= 0:
+        return best, True
+    slope0, slope1 = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    middle0, middle1 = (x0 + x1) / 2, (x1 + x2) / 2
+    vertex = middle0 - slope0 * (middle1 - middle0) / (slope1 - slope0)
+    return math.exp(min(max(vertex, middle0), middle1)), True
