@@ -52,6 +52,12 @@ class ScheduleLR(LRScheduler):
         factor = self.factor(self.last_epoch) * self.scale
         return [lr * factor for lr in self.base_lrs]
 
+    def advance(self, steps: int) -> None:
+        """Go on by *steps* >= 1 steps at once: where a step has as many examples as that many of those that are counted in."""
+        check(steps >= 1, type(self).__name__, "steps", steps, ">= 1")
+        self.last_epoch += steps - 1
+        self.step()
+
     def rescale(self, scale: float) -> None:
         """From now on, also in the current step, multiply the scheduled learning rates by *scale*, > 0.
 

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from conjugo._tensors import dot, flat, wide_dtype
+from conjugo._tensors import CHUNK, dot, flat, wide_dtype
 from conjugo.errors import check
 from conjugo.scaling.metric import diagonal_metric
 from conjugo.scaling.noise_scale import Moments, NoiseScale, examples_in, jackknife
@@ -40,22 +40,71 @@ Hook: TypeAlias = Callable[[Any, Any], Any]
 BLOCKS = 16
 """Blocks of steps that the jackknife leaves out in turn."""
 
+NEIGHBOURS = 4
+"""Steps before and after one that say how large its numbers usually are."""
+OUTSTANDING = 4.0
+
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
-class _Sums(NamedTuple):
-    """What the steps say together, on the host; the arrays are by step, the oldest first, finite ones only."""
+class _Steps(NamedTuple):
+    """What each of some steps says [n], the oldest first."""
 
-    trace: Values
-    norm2: Values
-    weight: Values
-    batch: Values
-    """Weights are of steps; batch is that of a step."""
-    micro: Values
+    finite: Tensor
+    trace: Tensor
+    norm2: Tensor
+    scale: Tensor
+    """By what both are to be multiplied, so that steps with large gradients do not outvote those with small ones."""
+    age: Tensor
+    """Weight by age: 1, or a power of ema."""
+    batch: Tensor
+
+    def sums(self) -> Tensor:
+        """[5, n]: what is summed over steps; 0 where a step is not finite."""
+        scaled = self.age * self.scale
+        rows = [scaled * self.trace, scaled * self.norm2, scaled, self.age, (self.age / self.batch).square()]
+        return torch.where(self.finite, torch.stack(rows), 0.0)
+
+
+def _steps(rows: Tensor, ema: float | None) -> _Steps:
+    """rows [n, 5], as the monitor has them. Does not wait for a device."""
+    finite = torch.isfinite(rows[:, :2]).all(1)
+    small, big, b_small, b_big, population = torch.where(finite[:, None], rows, 1.0).unbind(1)
+    counted = finite.to(rows.dtype)
+    trace = (small - big) / (1 / b_small - 1 / b_big)
+    norm2 = big - trace / b_big * (1 - b_big / population)
+    later = counted.flip(0).cumsum(0).flip(0) - counted
+    age = torch.ones_like(counted) if ema is None else ema**later
+    return _Steps(finite, trace, norm2, _inverse_of_usual(small, counted), age, b_big)
+
+
+def _inverse_of_usual(values: Tensor, counted: Tensor) -> Tensor:
+    """1 over the mean of *values* [n] over the NEIGHBOURS before and after each, without itself: [n].
+
+    So a factor does not know the noise of its own step, and products with it have no bias; except in steps that stand out,
+    OUTSTANDING times as large as their neighbours: they count no more than that.
+    """
+    reach = torch.ones(1, 1, 2 * NEIGHBOURS + 1, dtype=values.dtype, device=values.device)
+    own = torch.stack([values * counted, counted])
+    sums, counts = (
+        nn.functional.conv1d(nn.functional.pad(own[:, None], (NEIGHBOURS,) * 2), reach)[:, 0] - own
+    ).unbind()
+    known = (counts > 0.5) & (sums > 0)
+    usual = torch.where(known, sums / counts.clamp(min=1), values)
+    usual = torch.maximum(usual, values / OUTSTANDING)
+    return torch.where(usual > 0, 1 / usual, 1.0)
+
+
+def _moments(sums: Values) -> Moments:
+    trace, norm2, scale, _ = sums.tolist()
+    return Moments(trace / scale, norm2 / scale)
 
 
 class NoiseScaleMonitor:
     """The gradient noise scale over the last steps.
+
+    tr Sigma and |G|^2 of each step are divided by what |g|^2 was in the steps around it, and added up. So all steps count the
+    same while gradients shrink or once jump; a plain sum would show the largest ones for long.
 
     Numbers stay where they are, on an accelerator too, until the monitor is read; then it waits for the device once.
 
@@ -91,7 +140,7 @@ class NoiseScaleMonitor:
         self._place = 0
         self._updates = 0
         self._skipped = torch.zeros((), dtype=torch.float64)  # of those whose rows are gone
-        self._older = torch.zeros(4, dtype=torch.float64)  # sums of the rows that are gone, with an ema; see _forget
+        self._older = torch.zeros(5, dtype=torch.float64)  # sums of the rows that are gone, with an ema; see _forget
         self._constants: dict[float, Tensor] = {}
         self._sources: list[Callable[[], None]] = []
 
@@ -171,39 +220,14 @@ class NoiseScaleMonitor:
 
     def _forget(self) -> None:
         """Make room: the older half of the rows goes; with an ema it lives on in sums. Does not wait for the device."""
-        old = self._rows[: self.window]
-        finite = torch.isfinite(old[:, :2]).all(1)
-        self._skipped += (~finite).sum()
+        steps = _steps(self._rows[: self.window], self.ema)
+        self._skipped += (~steps.finite).sum()
         if self.ema is not None:
-            counted = finite.to(old.dtype)
-            follow = counted.flip(0).cumsum(0).flip(0) - counted  # finite ones that came later
-            weight = torch.where(finite, self.ema**follow, 0.0)
-            small, big, b_small, b_big, population = torch.where(finite[:, None], old, 1.0).unbind(1)
-            trace = torch.where(finite, (small - big) / (1 / b_small - 1 / b_big), 0.0)
-            norm2 = torch.where(finite, big - trace / b_big * (1 - b_big / population), 0.0)
-            sums = torch.stack([weight * trace, weight * norm2, weight, weight.square() / b_big.square()]).sum(1)
-            decay = self.ema ** counted.sum()
-            self._older = sums + self._older * torch.stack([decay, decay, decay, decay.square()])
+            decay = self.ema ** steps.finite.sum()
+            self._older = steps.sums().sum(1) + self._older * torch.stack([decay] * 4 + [decay.square()])
         self._rows[: self.window] = self._rows[self.window :].clone()
         self._rows[self.window :] = 0
         self._place = self.window
-
-    def _read(self) -> tuple[_Sums, list[float]]:
-        """Waits for the device: the steps that count, with their weights, and the sums of older ones (with an ema)."""
-        self._gather()
-        first = 0 if self.ema is not None else max(0, self._place - self.window)
-        rows = self._rows[first : self._place].cpu().double().numpy()
-        rows = rows[np.isfinite(rows[:, :2]).all(1)]
-        small, big, b_small, b_big, population = rows.T
-        trace = (small - big) / (1 / b_small - 1 / b_big)
-        norm2 = big - trace / b_big * (1 - b_big / population)
-        n = len(rows)
-        weight = np.ones(n) if self.ema is None else self.ema ** np.arange(n - 1, -1, -1.0)
-        older = [0.0] * 4
-        if self.ema is not None:
-            decay = self.ema**n
-            older = [value * factor for value, factor in zip(self._older.tolist(), [decay] * 3 + [decay**2])]
-        return _Sums(trace, norm2, weight, b_big, b_small), older
 
     def noise_scale(self) -> NoiseScale:
         """The measurement; its interval is the jackknife's over blocks of consecutive steps.
@@ -217,35 +241,35 @@ class NoiseScaleMonitor:
         return found
 
     def _estimate(self) -> NoiseScale | None:
-        steps, older = self._read()
-        weights = np.append(older[2], steps.weight)
-        total = float(weights.sum())
-        if total == 0:
+        self._gather()
+        first = 0 if self.ema is not None else max(0, self._place - self.window)
+        rows, older = self._rows[first : self._place].cpu(), self._older.cpu()
+        rows = rows[torch.isfinite(rows[:, :2]).all(1)]
+        if len(rows) == 0 and not float(older[3]):
             return None
-        traces = np.append(older[0], steps.weight * steps.trace)
-        norms2 = np.append(older[1], steps.weight * steps.norm2)
-        found = Moments(float(traces.sum()) / total, float(norms2.sum()) / total)
-        # Blocks of about equal weight, the older steps in the first one.
-        middle = (np.cumsum(weights) - weights / 2) / total
+        if self.ema is not None:
+            decay = self.ema ** torch.tensor(float(len(rows)), dtype=older.dtype)
+            older = older * torch.stack([decay] * 4 + [decay.square()])
+        sums = torch.cat([older[:, None], _steps(rows, self.ema).sums()], 1).double().numpy()
+        # Blocks of steps of about equal weight, the older ones in the first.
+        ages = sums[3]
+        middle = (np.cumsum(ages) - ages / 2) / ages.sum()
         block = np.minimum((BLOCKS * middle).astype(int), BLOCKS - 1)
-        sums = [np.bincount(block, values, BLOCKS) for values in (traces, norms2, weights)]
-        without = [
-            Moments((float(traces.sum()) - t) / (total - w), (float(norms2.sum()) - s) / (total - w))
-            for t, s, w in zip(*(values.tolist() for values in sums))
-            if 0 < w < total
-        ]
-        squares = older[3] + float((steps.weight**2 / steps.batch**2).sum())
-        b_simple, ci95, only_bound = jackknife(found, without, examples=total / math.sqrt(squares))
-        examples = float(steps.batch.sum())
-        micro = float(steps.micro.mean()) if len(steps.micro) else math.nan
+        blocks = np.stack([np.bincount(block, values, BLOCKS) for values in sums[:4]])
+        total = blocks.sum(1)
+        found = _moments(total)
+        without = [_moments(total - blocks[:, i]) for i in range(BLOCKS) if 0 < blocks[3, i] < total[3]]
+        whole = float(total[3]) / math.sqrt(sums[4].sum())
+        b_simple, ci95, only_bound = jackknife(found, without, examples=whole)
+        micro, examples = (float(rows[:, i].mean() if i == 2 else rows[:, i].sum()) for i in (2, 3))
         return NoiseScale(
             trace=found.trace,
             grad_norm2=found.grad_norm2,
             b_simple=b_simple,
             ci95=ci95,
             lower_bound_only=only_bound,
-            micro_batches=round(examples / micro),
-            micro_batch=round(micro),
+            micro_batches=round(examples / micro) if len(rows) else 0,
+            micro_batch=round(micro) if len(rows) else 0,
             examples=round(examples),
             metric=self.metric,
         )
@@ -310,24 +334,62 @@ class NoiseScaleMonitor:
         self._constants.clear()
 
 
-def squared_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """|x|^2, or x' P x with the diagonal P = *weight* of the shape of x: 0-d, in float64 where the device has it."""
+class Norms:
+    """Squared norms of gradients in the metric of a monitor, as it is now."""
+
+    def __init__(self, monitor: NoiseScaleMonitor) -> None:
+        self.monitor = monitor
+        weights = monitor.weights()
+        self.known = weights is not None
+        self._roots = {} if not weights else dict(zip(weights, torch._foreach_sqrt(list(weights.values()))))
+
+    def of(self, gradient: Tensor, p: Tensor) -> Tensor:
+        """The norm of the gradient of *p*, 0-d."""
+        return _norm(gradient, self._roots.get(p))
+
+    def of_all(self, gradients: Iterable[Tensor], params: Iterable[Tensor]) -> Tensor:
+        """The square of the norm of all together, 0-d."""
+        return sum_of_squares([self.of(gradient, p) for gradient, p in zip(gradients, params)])
+
+    def of_bucket(self, buffer: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """The same of the gradients of *params*, which lie one after the other in *buffer*, each as its parameter does."""
+        if not self._roots:
+            return sum_of_squares([_norm(buffer)])
+        norms = []
+        for p, piece in zip(params, torch.split(buffer, [p.numel() for p in params])):
+            root = self._roots.get(p)
+            norms.append(
+                _norm(piece, None if root is None else flat(torch.empty_like(p, dtype=root.dtype).copy_(root)))
+            )
+        return sum_of_squares(norms)
+
+
+def _norm(x: Tensor, root: Tensor | None = None) -> Tensor:
+    """|x|, or |P^(1/2) x| with *root* = P^(1/2) of the shape of x; 0-d."""
     if x.is_sparse:
         x = x.coalesce()
-        weight = None if weight is None else weight[tuple(x.indices())]
+        root = None if root is None else root[tuple(x.indices())]
         x = x.values()
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if x.is_complex():
         x = torch.view_as_real(x)
-    if weight is not None:
-        return dot(x.to(weight.dtype), x * weight.view_as(x))
-    if x.device.type == "cpu":
-        return dot(x, x)
-    # In one pass, without a tensor of products; summed as a tree, so that float32 is enough.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=wide)
-    return norm.to(wide_dtype(x.device)).square()
+    if root is not None:
+        x = x * root.view_as(x)
+    if x.device.type == "cpu" and x.numel() > CHUNK:
+        return dot(x, x).sqrt()
+    norm: Tensor = torch.linalg.vector_norm(x)  # on an accelerator a sum by a tree: float32 is enough
+    return norm
+
+
+def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
+    """0-d, in float64 where the device has it."""
+    stacked = torch.stack([norm.to(torch.float64) for norm in norms] if _mixed(norms) else list(norms))
+    return stacked.to(wide_dtype(stacked.device)).square().sum()
+
+
+def _mixed(tensors: Sequence[Tensor]) -> bool:
+    return any(t.dtype != tensors[0].dtype for t in tensors)
 
 
 class MicroBatchNorms:
@@ -388,10 +450,15 @@ class MicroBatchNorms:
         self._forget()
 
     def _forget(self) -> None:
-        self._measures: list[_Measure] = []
+        self._measures: list[Norms] = []
         self._squares: list[list[Tensor]] = []  # by monitor: of the micro-batches
         self._pieces: list[list[Tensor]] | None = None  # by monitor: of the micro-batch that goes backward now
         self._numbers = np.zeros(4)  # sums over micro-batches: 1, 1 / examples, weight, weight^2 / examples
+
+    @property
+    def seen(self) -> int:
+        """Micro-batches of this rank since the last :meth:`step`, those that count."""
+        return int(self._numbers[0])
 
     @contextmanager
     def micro_batch(self, examples: float, *, weight: float = 1.0) -> Iterator[None]:
@@ -405,7 +472,7 @@ class MicroBatchNorms:
             yield
             return
         if not self._measures:
-            self._measures = [_Measure(monitor) for monitor in self._monitors]
+            self._measures = [Norms(monitor) for monitor in self._monitors]
             self._squares = [[] for _ in self._monitors]
         pieces = self._pieces = [[] for _ in self._monitors]
         whole = [p for p in self._params if not _is_sharded(p)]
@@ -419,7 +486,7 @@ class MicroBatchNorms:
         self._numbers += (1, 1 / examples, weight, weight**2 / examples)
         for squares, found in zip(self._squares, pieces):
             if found:
-                squares.append(torch.stack(found).sum() / weight**2)
+                squares.append(sum_of_squares(found) / weight**2)
 
     def _look(self, p: Tensor, gradient: Tensor) -> None:
         if self._pieces is not None:
@@ -447,7 +514,8 @@ class MicroBatchNorms:
         numbers = torch.tensor(self._numbers, dtype=wide_dtype(device))
         zero = torch.zeros((), dtype=numbers.dtype, device=device)
         small = [sum(squares, zero) for squares in self._squares]
-        big = [sum((measure.of(*_own(p)) for p in with_gradient), zero) for measure in self._measures]
+        own = [_own(p) for p in with_gradient]
+        big = [measure.of_all(own, with_gradient) for measure in self._measures]
         sums = torch.cat([torch.stack(small + big), numbers.to(device, non_blocking=True)])
         if self._world > 1:
             dist.all_reduce(sums, group=self._group)
@@ -470,40 +538,14 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _own(p: Tensor) -> tuple[Tensor, Tensor]:
+def _own(p: Tensor) -> Tensor:
     """This rank's gradient of *p*, so that the sum of squares over the ranks is that of the whole one times their number."""
     gradient: Any = p.grad
     if _is_sharded(gradient):
         mesh = gradient.device_mesh
         shards = math.prod(mesh.size(i) for i, at in enumerate(gradient.placements) if at.is_shard())
         gradient = gradient.to_local() * math.sqrt(shards)
-    return gradient, p
-
-
-class _Measure:
-    """Squared norms in the metric of a monitor, as it is now."""
-
-    def __init__(self, monitor: NoiseScaleMonitor) -> None:
-        self.monitor = monitor
-        weights = monitor.weights()
-        self.known = weights is not None
-        self._weights: Mapping[Tensor, Tensor] = weights or {}
-
-    def of(self, gradient: Tensor, p: Tensor) -> Tensor:
-        """That of the gradient of *p*."""
-        return squared_norm(gradient, self._weights.get(p))
-
-    def of_bucket(self, buffer: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """That of the gradients of *params*, which lie one after the other in *buffer*, each as its parameter does."""
-        if not self._weights:
-            return squared_norm(buffer)
-        pieces = []
-        for p, piece in zip(params, torch.split(buffer, [p.numel() for p in params])):
-            weight = self._weights.get(p)
-            if weight is not None:
-                weight = flat(torch.empty_like(p, dtype=weight.dtype).copy_(weight))
-            pieces.append(squared_norm(piece, weight))
-        return torch.stack(pieces).sum()
+    return gradient  # type: ignore[no-any-return]
 
 
 # DistributedDataParallel ---------------------------------------------------------------------------------------------
@@ -586,10 +628,10 @@ class Attachment:
         self._world = dist.get_world_size(model.process_group)
         self._seen = 0  # examples of this rank since the last step
         self._step = 0
-        self._measures: list[_Measure] = []
+        self._measures: list[Norms] = []
         self._local: list[list[Tensor]] = []  # by monitor: squared norms of this rank's buckets
         self._reduced: list[list[Tensor]] = []  # by monitor: of the reduced ones
-        self._waiting: tuple[Any, Tensor, list[list[Tensor]], list[_Measure], Number] | None = None
+        self._waiting: tuple[Any, Tensor, list[list[Tensor]], list[Norms], Number] | None = None
         self._counter = None if examples else model.register_forward_pre_hook(self._count, with_kwargs=True)
         for monitor in monitors:
             monitor.feed(self._flush)
@@ -619,7 +661,7 @@ class Attachment:
             return inner(state, bucket)
         if not self._measures:
             self._flush()  # the step before
-            self._measures = [_Measure(monitor) for monitor in self._monitors]
+            self._measures = [Norms(monitor) for monitor in self._monitors]
             self._local = [[] for _ in self._monitors]
             self._reduced = [[] for _ in self._monitors]
         params, measures, reduced = bucket.parameters(), self._measures, self._reduced

@@ -147,7 +147,7 @@ def of_run(
         model.load_state_dict(_weights(folder, step))
     n = len(data.train)
     size = config.batch_size
-    epoch = None if config.batch_schedule else step * (n if size == "full" else size) / n
+    epoch = None if config.batch_schedule or config.batch_growth else step * (n if size == "full" else size) / n
     return replace(
         _of_data(model, data, settings, device),
         loss_fn=partial(F.cross_entropy, label_smoothing=config.label_smoothing),

@@ -48,6 +48,11 @@ class Feed:
             self._inputs = augment(self._inputs, train=False)
             self._augment = None
 
+    @property
+    def random(self) -> bool:
+        """Whether augmentation makes an example another one each time."""
+        return self._random
+
     def __len__(self) -> int:
         return len(self._targets)
 

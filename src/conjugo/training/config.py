@@ -13,7 +13,7 @@ from torch import nn
 
 from conjugo.errors import check, unknown
 from conjugo.optim import NLCG
-from conjugo.optim.schedules import LRScaling
+from conjugo.scaling.batch_schedule import BatchLR
 from conjugo.training import models, optimizers
 
 __all__ = ["BNMode", "DiscardForward", "Parallel", "Precision", "Schedule", "TrainConfig", "TrainResult", "finite"]
@@ -45,7 +45,12 @@ class TrainConfig:
         batch_schedule: Pairs of an epoch >= 1 and a batch size: from the beginning of that epoch on batches have this size
             instead. 8 512 12 1024: 512 from epoch 8 on, 1,024 from epoch 12 on. An epoch here is a pass through the data in
             whole batches; what is left over waits for the next one.
-        batch_schedule_lr: How the learning rate follows the batch: constant, linear or sqrt.
+        batch_schedule_lr: How the learning rate follows the batch: constant, linear or sqrt; with batch_growth also noise, by
+            the law 1 / (1 + noise scale / batch).
+        batch_growth: Let a measurement say how the batch grows: it doubles when an epoch begins and the gradient noise scale,
+            the lower end of its interval, times this number has reached twice the batch; 0: it does not. Wants noise_scale.
+            Epochs are counted in examples, learning-rate schedules too.
+        batch_max: The largest batch for that; None: all of the training data.
         micro_batch: Most examples that a worker sends through the model at once; the gradients of a batch are added up,
             each example with equal weight. None: all of the worker's share.
         epochs: Times that the training data is gone through, rounded to whole steps; with batch_schedule the passes in whole
@@ -79,6 +84,9 @@ class TrainConfig:
         spectrum_probes: Random vectors.
         spectrum_examples: Training examples, drawn once, whose mean loss it is; None: all.
         spectrum_bn_mode: Batch norm by the statistics of each batch (train), as in training, or by running ones (eval).
+        noise_scale: Steps between two measurements of the gradient noise scale, which the records show, over the last 64 of
+            them, also in the metric of Adam and NLCG; 0: none. Next to free where a batch has several micro-batches, over
+            workers and accumulation; otherwise a measurement takes as long as a step (docs/noise-scale.md).
         seed: Decides weights, batches and augmentation.
         device: auto: a GPU if there is one; or cpu, cuda, cuda:1, ...
         threads: CPU threads of torch; None: as they are.
@@ -106,7 +114,9 @@ class TrainConfig:
     optimizer_options: dict[str, Any] = field(default_factory=dict, hash=False)
     batch_size: int | Literal["full"] = 128
     batch_schedule: tuple[tuple[int, int], ...] = ()
-    batch_schedule_lr: LRScaling = "constant"
+    batch_schedule_lr: BatchLR = "constant"
+    batch_growth: float = 0.0
+    batch_max: int | None = None
     micro_batch: int | None = None
     epochs: float = 20.0
     steps: int | None = None
@@ -133,6 +143,7 @@ class TrainConfig:
     spectrum_probes: int = 2
     spectrum_examples: int | None = 1000
     spectrum_bn_mode: BNMode = "train"
+    noise_scale: int = 0
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
@@ -149,7 +160,7 @@ class TrainConfig:
         factory = optimizers.entry(self.optimizer).factory
         choices = (
             *(("schedule", Schedule), ("precision", Precision), ("parallel", Parallel)),
-            *(("batch_schedule_lr", LRScaling), ("discard_forward", DiscardForward)),
+            *(("batch_schedule_lr", BatchLR), ("discard_forward", DiscardForward)),
             ("spectrum_bn_mode", BNMode),
         )
         for name, accepted in ((name, get_args(choice)) for name, choice in choices):
@@ -158,12 +169,21 @@ class TrainConfig:
         if self.batch_size != "full":
             self._check_count("batch_size", "an integer >= 1 or 'full'")
         self._check_batch_schedule()
+        self._check_batch_growth()
         for name in ("evaluations", "keep", "max_skipped", "spectrum_steps", "spectrum_probes"):
             self._check_count(name, "an integer >= 1")
-        for name in ("micro_batch", "steps", "threads", "image_size", "shard_workers", "spectrum_examples"):
+        for name in (
+            "micro_batch",
+            "batch_max",
+            "steps",
+            "threads",
+            "image_size",
+            "shard_workers",
+            "spectrum_examples",
+        ):
             if getattr(self, name) is not None:
                 self._check_count(name, "an integer >= 1 or None")
-        for name in ("checkpoints", "seed", "replica_check", "spectra"):
+        for name in ("checkpoints", "seed", "replica_check", "spectra", "noise_scale"):
             self._check_count(name, "an integer >= 0", least=0)
         self._check("lr", self.lr is None or 0 <= self.lr < math.inf, "in [0, inf) or None")
         self._check("weight_decay", 0 <= self.weight_decay < math.inf, "in [0, inf)")
@@ -183,6 +203,19 @@ class TrainConfig:
         good = all(len(pair) == 2 and all(_is_count(number) for number in pair) for pair in pairs)
         good = good and all(early[0] < late[0] for early, late in pairwise(pairs))
         self._check("batch_schedule", good, "pairs of integers (epoch >= 1, batch >= 1), with growing epochs")
+
+    def _check_batch_growth(self) -> None:
+        grows = self.batch_growth != 0
+        self._check("batch_growth", 0 <= self.batch_growth < math.inf, "in [0, inf)")
+        self._check("batch_max", self.batch_max is None or grows, "None without batch_growth")
+        self._check("batch_schedule_lr", self.batch_schedule_lr != "noise" or grows, "another without batch_growth")
+        apart = "with batch_growth"
+        self._check("noise_scale", not grows or self.noise_scale >= 1, f">= 1 {apart}")
+        self._check("batch_schedule", not (grows and self.batch_schedule), f"empty {apart}")
+        self._check("batch_size", not grows or self.batch_size != "full", f"a number {apart}")
+        self._check("steps", not grows or self.steps is None, f"None {apart}: epochs say how long")
+        keeps = self.discard_small_loss == 0 or self.noise_scale == 0
+        self._check("noise_scale", keeps, "0 with discard_small_loss, which chooses examples by their losses")
 
     def _check(self, name: str, condition: bool, accepted: str) -> None:
         check(condition, "TrainConfig", name, getattr(self, name), accepted)

@@ -17,7 +17,8 @@ __all__ = ["Display", "JsonLines", "Record", "Sink", "TensorBoard", "read_metric
 Record = dict[str, Any]
 """One evaluation: step, epoch (samples through examples in the data), samples, batch_size (in the last step), train_loss, loss,
 accuracy, lr, skipped_steps, seconds, images_per_second; with optimizers that have them beta, base_lr and step_size; with
-discard_small_loss, where train_loss is over the kept examples, train_loss_all; what callbacks have measured since the last
+discard_small_loss, where train_loss is over the kept examples, train_loss_all; with noise_scale what
+:class:`~conjugo.training.noise_scale.NoiseScaleRecorder` says; what callbacks have measured since the last
 one. Losses that are not finite are None."""
 
 
@@ -121,4 +122,6 @@ class Display:
         if self._bar is not None:
             loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
             status = f"loss {loss}, accuracy {record['accuracy']:.2%}, {record['images_per_second']:,.0f} images/s"
+            if record.get("noise_scale") is not None:
+                status += f", noise scale {record['noise_scale']:,.0f}"
             self._bar.update(self._task, status=status)

@@ -78,7 +78,8 @@ class RunDirectory:
             saved = TrainConfig.from_dict(json.loads(self._config_path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise CorruptFile(f"{self._config_path} cannot be read: {error}") from error
-        names = [item.name for item in fields(config) if item.name not in _MAY_DIFFER]
+        may_differ = _MAY_DIFFER if config.batch_growth else (*_MAY_DIFFER, "noise_scale")
+        names = [item.name for item in fields(config) if item.name not in may_differ]
         differences = [
             f"{name} was {getattr(saved, name)!r}, now {getattr(config, name)!r}"
             for name in names

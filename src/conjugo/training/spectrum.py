@@ -322,7 +322,7 @@ class SpectrumRecorder:
     def __call__(self, trainer: Trainer) -> dict[str, Any] | None:
         """Collective: measure, if it is time."""
         before = trainer.samples - trainer.batch_size if trainer.step else -1
-        if not (trainer.step in self._evenly or any(before < wanted <= trainer.samples for wanted in self._samples)):
+        if not (trainer.reached(self._evenly) or any(before < wanted <= trainer.samples for wanted in self._samples)):
             return None
         with trainer.clock.paused():
             found = self._measure(trainer)

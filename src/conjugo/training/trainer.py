@@ -8,7 +8,7 @@ several share the work), `run` (what is written), `metrics` (what is shown).
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from conjugo.errors import TrainingDiverged, check
 from conjugo.optim import DiscardSmallLoss, WeightEMA
 from conjugo.optim.schedules import BatchSizeSchedule, ScheduleLR, WarmupCosine, WarmupPolynomial
 from conjugo.optim.small_loss import kept_count
+from conjugo.scaling.batch_schedule import MeasuredBatchSize
 from conjugo.training import data as datasets
 from conjugo.training import models, optimizers
 from conjugo.training.batch_norm import RunningStatistics
@@ -46,6 +47,7 @@ from conjugo.training.config import TrainConfig, TrainResult, finite
 from conjugo.training.guard import Guard
 from conjugo.training.machine import Clock, choose_device, held_signals, interrupt, isolated, pays_bfloat16
 from conjugo.training.metrics import Display, Record
+from conjugo.training.noise_scale import NoiseScaleRecorder
 from conjugo.training.run import RunDirectory
 from conjugo.training.spectrum import SpectrumRecorder
 from conjugo.training.workers import Workers, spread
@@ -115,7 +117,9 @@ class Trainer:
         self.config = config
         self._parts: dict[int, list[tuple[slice, int]]] = {}
         self._cut(self.batches.batch_at(0))
-        whole = self.batches.steps(n, config.epochs) if config.batch_schedule else config.epochs * n / self.batch_size
+        self._unit = self.batch_size if isinstance(self.batches, MeasuredBatchSize) else 0
+        by_schedule = isinstance(self.batches, MeasuredBatchSize) or config.batch_schedule
+        whole = self.batches.steps(n, config.epochs) if by_schedule else config.epochs * n / self.batch_size
         self.steps = config.steps or max(1, round(whole))
         several = "without a number where there are several workers: each takes its own"
         check(self.workers.size == 1 or ":" not in config.device, "TrainConfig", "device", config.device, several)
@@ -131,6 +135,7 @@ class Trainer:
         self.optimizer = _optimizer(config, self.model)
         self.schedule = _schedule(config, self.optimizer, self.steps)
         self.discard = _discard(config, self.steps)
+        self.noise = self._noise_recorder() if config.noise_scale else None
         self.guard = Guard(
             self.optimizer,
             self.model,
@@ -207,6 +212,19 @@ class Trainer:
             if examples < batch_size and self.workers.first:
                 warn_of_small_micro_batch(self.model, examples)
 
+    def _noise_recorder(self) -> NoiseScaleRecorder:
+        endless = self.train_data.random
+        recorder = NoiseScaleRecorder(
+            self.config,
+            self.model,
+            self.optimizer,
+            workers=self.workers.size,
+            population=None if endless else self.sampler.n,
+        )
+        if isinstance(self.batches, MeasuredBatchSize):
+            self.batches.monitor = recorder.leading
+        return recorder
+
     def _feed(self, split: datasets.Split, augment: datasets.Augment | None, *, random: bool) -> Feed:
         return Feed(
             split,
@@ -231,18 +249,34 @@ class Trainer:
             loss, all_losses = self._backward_of_largest(batch, self.discard)
             batch_loss = self._of_all_workers(loss)
             self.loss_sum_all += batch_loss if all_losses is None else all_losses.mean()
+        if self.noise is not None:
+            self.noise.after_backward(self, batch)
         self.step += 1
         self.samples += self.batch_size
         self.loss_sum += batch_loss
         self.loss_steps += 1
         self.guard.step(batch_loss)
-        self.schedule.step()
+        self.schedule.advance(self.progress - self._progress_before)
         if self.ema is not None:
             self.ema.update()
         if self.stragglers is not None:
             self.stragglers.after_step()
         if self.replicas is not None:
             self.replicas.after_step()
+
+    @property
+    def progress(self) -> int:
+        """Steps so far; where a measurement lets the batch grow: examples so far, in batches of the first size."""
+        return self.samples // self._unit if self._unit else self.step
+
+    @property
+    def _progress_before(self) -> int:
+        """Before the last step."""
+        return (self.samples - self.batch_size) // self._unit if self._unit else self.step - 1
+
+    def reached(self, marks: Collection[int]) -> bool:
+        """Whether one of *marks*, numbers of steps as :attr:`progress` counts them, was reached in the last step."""
+        return any(self._progress_before < mark <= self.progress for mark in marks)
 
     def _next_batch(self) -> Tensor:
         """Which examples: int64 [B]. Where an epoch begins with another batch size, all that goes by it follows."""
@@ -275,7 +309,8 @@ class Trainer:
                     weight = self.workers.size * count / len(batch)
                     if weight != 1:
                         loss = loss * weight
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    with self._looked_at(len(parts), count, weight):
+                        loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
         return sum(losses[1:], losses[0])
 
@@ -284,7 +319,7 @@ class Trainer:
 
         The workers choose among the losses of all: so it does not depend on how they share the batch.
         """
-        discard.steps = self.step
+        discard.steps = self.progress
         if not discard.active:
             return self._backward(batch), None
         if self.config.discard_forward == "twice":
@@ -328,6 +363,10 @@ class Trainer:
         """Around a micro-batch: the workers add up their gradients in the last one."""
         return nullcontext() if self.workers.size == 1 else gradient_sync(self.spread, last=last)
 
+    def _looked_at(self, parts: int, count: int, weight: float) -> AbstractContextManager[None]:
+        """Around the backward pass of one of *parts* micro-batches: *count* examples, whose loss has the factor *weight*."""
+        return nullcontext() if self.noise is None else self.noise.micro_batch(self, parts, count, weight)
+
     def _of_all_workers(self, loss: Tensor) -> Tensor:
         """Collective: the mean of *loss* over the workers. Whether one of them is asked to stop travels with it."""
         if self.workers.size == 1:
@@ -342,7 +381,7 @@ class Trainer:
         """The number of the signal that asked a worker to stop, the same on all in the same step; 0: go on."""
         if self.workers.size == 1:
             return self._interrupted()
-        if self.step % self.guard.window and self.step < self.steps:  # reading would make a GPU wait in each step
+        if self.step % self.guard.window and self.progress < self.steps:  # reading would make a GPU wait in each step
             return 0
         by_ctrl_c, by_sigterm = self._signals.tolist()
         return signal.SIGINT if by_ctrl_c else signal.SIGTERM if by_sigterm else 0
@@ -376,7 +415,7 @@ class Trainer:
             run.restore(self.stateful())
             run.show(self.config, self.history)
         with (
-            Display(self.steps, done=self.step, show=progress if self.workers.first else False) as display,
+            Display(self.steps, done=self.progress, show=progress if self.workers.first else False) as display,
             nullcontext(_never) if run is None else held_signals() as self._interrupted,
         ):
             diverged = False
@@ -402,14 +441,14 @@ class Trainer:
         with self.clock.running():
             if self.step == 0:
                 self._call_back()
-            while self.step < self.steps:
+            while self.progress < self.steps:
                 self.train_step()
-                display.at(self.step)
+                display.at(self.progress)
                 self._call_back()
-                if self.step in evaluate_at:
+                if self.reached(evaluate_at):
                     self._evaluate(run, display)
                 stop = self._asked_to_stop()
-                if run is not None and (stop or self.step in save_at):
+                if run is not None and (stop or self.reached(save_at)):
                     self._save(run)
                 if stop:
                     interrupt(stop)
@@ -469,7 +508,7 @@ class Trainer:
             "train_loss": finite(self.loss_sum / max(1, self.loss_steps)),
             "loss": finite(loss),
             "accuracy": accuracy,
-            "lr": self.schedule.base_lrs[0] * self.schedule.factor(max(0, self.step - 1)) * self.schedule.scale,
+            "lr": self.schedule.base_lrs[0] * self.schedule.factor(max(0, self._progress_before)) * self.schedule.scale,
             "skipped_steps": self.guard.skipped,
             "seconds": seconds,
             "images_per_second": samples / seconds if seconds > 0 else 0.0,
@@ -479,6 +518,8 @@ class Trainer:
         record |= {name: finite(last[name].mean()) for name in ("beta", "base_lr", "step_size") if name in last}
         if self.discard is not None:
             record["train_loss_all"] = finite(self.loss_sum_all / max(1, self.loss_steps))
+        if self.noise is not None:
+            record |= self.noise.numbers()
         record |= self.measured
         self.measured = {}
         self.loss_sum.zero_()
@@ -549,6 +590,7 @@ class Trainer:
             "loss_sum_all": self.loss_sum_all,
             "loss_steps": self.loss_steps,
             "measured": self.measured,
+            "noise": None if self.noise is None else self.noise.state_dict(),
             "augmentation": self.train_data.generator.get_state(),
         }
 
@@ -565,6 +607,8 @@ class Trainer:
         self.loss_sum.copy_(state["loss_sum"])
         self.loss_steps = state["loss_steps"]
         self.measured = state.get("measured", {})
+        if self.noise is not None and state.get("noise") is not None:
+            self.noise.load_state_dict(state["noise"])
         self.train_data.generator.set_state(state["augmentation"].cpu())
         self._seed_worker()  # if there are as many workers as before, each gets its own state back after this
 
@@ -592,11 +636,13 @@ class _OwnState:
         self._guard.keep_buffers()
 
 
-def _batches(config: TrainConfig, data: datasets.Dataset, workers: Workers) -> BatchSizeSchedule:
+def _batches(config: TrainConfig, data: datasets.Dataset, workers: Workers) -> BatchSizeSchedule | MeasuredBatchSize:
     """The batch sizes of a run, which fit the data and the workers."""
     n = len(data.train)
     sizes = [("batch_size", n if config.batch_size == "full" else config.batch_size)]
     sizes += [("batch_schedule", batch) for _, batch in config.batch_schedule]
+    if config.batch_max is not None:
+        sizes.append(("batch_max", config.batch_max))
     for name, size in sizes:
         full = ", or 'full'" if name == "batch_size" else ""
         accepted = f"at most {n}, the number of training examples of {data.name!r}{full}"
@@ -611,7 +657,13 @@ def _batches(config: TrainConfig, data: datasets.Dataset, workers: Workers) -> B
             kept = kept_count(size, config.discard_small_loss)
             accepted = f"so small that of {size} examples each of {workers.size} workers has one"
             check(kept >= workers.size, "TrainConfig", "discard_small_loss", config.discard_small_loss, accepted)
-    return BatchSizeSchedule([(0, sizes[0][1]), *config.batch_schedule], lr=config.batch_schedule_lr)
+    first = sizes[0][1]
+    if config.batch_growth:
+        most = n if config.batch_max is None else config.batch_max
+        check(most >= first, "TrainConfig", "batch_max", most, f"at least {first}, the batch_size")
+        return MeasuredBatchSize(None, first, most, fraction=config.batch_growth, lr=config.batch_schedule_lr)
+    assert config.batch_schedule_lr != "noise"
+    return BatchSizeSchedule([(0, first), *config.batch_schedule], lr=config.batch_schedule_lr)
 
 
 def _discard(config: TrainConfig, steps: int) -> DiscardSmallLoss | None:
