@@ -54,7 +54,7 @@ _GUESSES: Mapping[str, Callable[[int], float]] = {
 RESOLUTION = 0.02
 """The loss over all examples is looked at whenever the steps have grown by this fraction (and at each of the first fifty)."""
 
-_NEAR = 1.3
+_NEAR = 2.0
 """As long as the loss of the last batches is above this many times the target, the whole data is not looked at."""
 
 _HOPELESS = 1e3
@@ -106,8 +106,8 @@ def train_to_target(problem: Problem, optimizer: str, *, batch: int, lr: float, 
         if step < min(due, limit):
             continue
         due = step + max(1, round(RESOLUTION * step))
-        # At least 128 examples and 5 % of the steps: fewer would keep the loss from being looked at by chance.
-        while len(recent) > max(128 / batch, 0.05 * step, 1):
+        # Not more than 5 % of the steps: a longer mean lags behind where the loss falls fast, and the crossing is seen late.
+        while len(recent) > max(0.05 * step, 1):
             recent.popleft()
         if math.fsum(recent) / len(recent) > _NEAR * problem.target and step < limit:
             continue
