@@ -297,6 +297,16 @@ def test_large_learning_rates():
     assert end.width == pytest.approx(end.plateau[1] / end.plateau[0])
 
 
+def test_large_learning_rates_in_the_long_run():
+    """After steps in proportion to the learning rate, from any start; what is left falls with the learning rate."""
+    for start in (W0, SMALL.g):
+        found = run(SMALL, [100.0, 1000.0], w0=start, a0=1.0, steps=20_000, record=None, tol=1e-9)
+        assert found.status == ["converged"] * 2
+        off = (found.eff_lr[:, 0] * found.lr / asymptotes(SMALL, start, 1.0).C2_late - 1).abs()
+        assert float(off[1]) < 0.25
+        assert float(off[1]) < 0.5 * float(off[0])
+
+
 def test_large_learning_rates_from_g():
     start = SMALL.g
     found = run(SMALL, [1e7, 1e8, 1e9], w0=start, steps=300, record=None)

@@ -373,6 +373,8 @@ class Asymptotes:
     """0 where w0 moves along no direction that matters; see case."""
     power: int
     """1, in general; 3 where w0 is parallel to g."""
+    C2_late: float
+    """C2_late / lr is what a run with a large lr comes to when it has converged, after steps in proportion to lr."""
     plateau: tuple[float, float]
     """Learning rates between which about the best effective learning rate is reached."""
     width: float
@@ -492,7 +494,8 @@ def asymptotes(problem: OLS, w0: Values, a0: float | None = None) -> Asymptotes:
     C2 = s0^2 (e0'H^2 u)^2 / (a0^2 (e0'H^3 e0)^2), as a giant first step makes w = lr (a0 / s0) H e0. The plateau reaches from
     opt / C1 to C2 / opt, with opt the best effective learning rate. Where w0 is parallel to g, e0'H^2 u = 0, and the second
     law is C2 lr^-3, given for lr_a = 1 and simultaneous updates: the run stands beside the saddle, which it leaves after a
-    number of steps in proportion to lr.
+    number of steps in proportion to lr. In the long run p / s grows while |w| stays, up to
+    C2_late = |u|^2 s0^2 / (a0^2 |H e0|^2).
 
     w0: [d]. a0: not 0; None: the best one, p0 / s0. Raises ValueError for w0 = 0, a0 = 0, and w0 orthogonal to g without an a0.
     (Derived for conjugo, and checked against runs.)
@@ -517,7 +520,7 @@ def asymptotes(problem: OLS, w0: Values, a0: float | None = None) -> Asymptotes:
     best = problem.spectrum().eff_lr_opt
     low = best / C1
     if float(problem._b.norm()) * 1e-12 >= float((problem._root * e).norm()):
-        return Asymptotes(C1, math.inf, 1, (low, math.inf), math.inf, "w0_parallel_u")
+        return Asymptotes(C1, math.inf, 1, math.inf, (low, math.inf), math.inf, "w0_parallel_u")
     third = float(he @ (lam * he))
     along = float(he @ (lam * u))
     power = 1
@@ -530,7 +533,8 @@ def asymptotes(problem: OLS, w0: Values, a0: float | None = None) -> Asymptotes:
         p = p0 * (1 + float(g @ g) / (a * math.sqrt(third)))
         C2, power, case = (p * s0**2 / (a**2 * third)) ** 2, 3, "w0_parallel_g"
     high = (C2 / best) ** (1 / power)
-    return Asymptotes(C1, C2, power, (low, high), high / low, case)
+    late = float(u @ u) * s0**2 / (a**2 * float(he @ he))
+    return Asymptotes(C1, C2, power, late, (low, high), high / low, case)
 
 
 def transform(problem: OLS, mu: float = 1.0, gamma: float = 1.0, Q: Values = None) -> OLS:

@@ -20,6 +20,7 @@ def _papers() -> dict[str, Paper]:
     from conjugo.studies.reproduce.adagrad_norm import PAPER as ADAGRAD_NORM
     from conjugo.studies.reproduce.advisor import PAPER as ADVISOR
     from conjugo.studies.reproduce.batch_size import PAPER as BATCH_SIZE
+    from conjugo.studies.reproduce.bngd import PAPER as BNGD
     from conjugo.studies.reproduce.frsgd import PAPER as FRSGD
     from conjugo.studies.reproduce.hessian_spectrum import PAPER as HESSIAN_SPECTRUM
     from conjugo.studies.reproduce.mclr import PAPER as MCLR
@@ -35,6 +36,7 @@ def _papers() -> dict[str, Paper]:
         "batch-size": BATCH_SIZE,
         "tabular-cg": TABULAR_CG,
         "hessian-spectrum": HESSIAN_SPECTRUM,
+        "bngd": BNGD,
         "width": WIDTH,
         "advisor": ADVISOR,
     }
