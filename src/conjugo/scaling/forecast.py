@@ -53,6 +53,7 @@ class StepsForecast:
         noise: float = 0.06,
         departure: float = 0.1,
         width: float = 8.0,
+        common: float = 0.0,
     ) -> None:
         owner = "StepsForecast"
         check(len(batches) >= 1, owner, "the number of batches", len(batches), ">= 1")
@@ -65,9 +66,10 @@ class StepsForecast:
         check(noise > 0, owner, "noise", noise, "> 0")
         check(departure >= 0, owner, "departure", departure, ">= 0")
         check(width > 1, owner, "width", width, "> 1")
+        check(common >= 0, owner, "common", common, ">= 0")
         self._x = np.log(np.array(batches, dtype=float))
         y = np.log(np.array(steps, dtype=float))
-        self._departure, self._width = departure, math.log(width)
+        self._departure, self._width, self._common = departure, math.log(width), common
         deviation = math.log(prior_factor) / _Z
         self._log_b = math.log(b_prior) + deviation * np.linspace(-4.5, 4.5, _GRID)
         self._inverse = np.linalg.inv(self._covariance(self._x, self._x) + noise**2 * np.eye(len(y)))
@@ -108,7 +110,7 @@ class StepsForecast:
         k = self._covariance(at, self._x)[0]
         means = np.logaddexp(0, self._log_b - x) + self._means + self._rest @ self._inverse @ k
         unknown = 1 - float(k @ self._inverse @ np.ones(len(k)))
-        variance = self._departure**2 - float(k @ self._inverse @ k) + unknown**2 / self._total
+        variance = self._common**2 + self._departure**2 - float(k @ self._inverse @ k) + unknown**2 / self._total
         mean = float(self._weights @ means)
         return mean, math.sqrt(max(0.0, variance) + float(self._weights @ (means - mean) ** 2))
 

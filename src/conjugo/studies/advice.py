@@ -117,8 +117,6 @@ class Advice:
     def lr(self, batch: float) -> float:
         """The learning rate for batches of *batch* examples: through the best ones of the probes, by the law between them."""
         self._check(batch)
-        from conjugo.studies.advise import lr_power
-
         power, b_crit = lr_power(self.optimizer), self.critical_batch.value
         logs = [math.log(probe.lr) + power * math.log1p(b_crit / probe.batch) for probe in self.probes]
         places = [math.log(probe.batch) for probe in self.probes]
@@ -297,6 +295,12 @@ class Advice:
     def save(self, path: Path | str) -> None:
         """Write :meth:`to_dict` as JSON, aside and renamed."""
         write_aside(Path(path), json.dumps(self.to_dict(), indent=1))
+
+
+def lr_power(optimizer: str) -> float:
+    """How the best learning rate follows 1 / (1 + B_crit / B): in proportion for SGD, by the square root for adaptive
+    methods."""
+    return 0.5 if optimizer in ("adam", "adamw", "lamb", "rmsprop") else 1.0
 
 
 def _noise_text(noise: NoiseScale) -> str:

@@ -6,7 +6,9 @@ training run, and how many steps batches of some sizes need to a training loss. 
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
@@ -19,11 +21,10 @@ from torch.optim import Optimizer
 
 from conjugo.errors import check, unknown
 from conjugo.scaling.forecast import StepsForecast
-from conjugo.scaling.laws import Interval
 from conjugo.scaling.noise_scale import LossFn, NoiseScale, gradient_noise_scale
-from conjugo.studies.advice import Advice, Probe
+from conjugo.studies.advice import Advice, Probe, lr_power
 from conjugo.studies.probes import Clock, Examples, MakeOptimizer, Problem, Raced, Run, race
-from conjugo.studies.throughput import StepTime, measure_memory, measure_step_time
+from conjugo.studies.throughput import measure_memory, measure_step_time
 from conjugo.training import optimizers
 
 __all__ = ["Advice", "Mode", "advise"]
@@ -35,10 +36,12 @@ WINDOWS = 8
 APART = 8
 """Ratio of the batches that are tried besides."""
 PRIOR_FACTOR = 2.5
-"""Within this factor of the mean noise scale of a run the critical batch was on the problems of the validation's development part."""
+"""Within this factor of the mean noise scale of a run the critical batch was, on the development problems of the validation."""
 MOMENTUM_FACTOR = 5.0
-SEEDS = (1, 2)
+SEEDS = (1, 2, 3)
 """Batches with which the winner of a race is confirmed."""
+SLOWER = 1.15
+"""So many times the steps of the race are no reason yet to try a smaller learning rate."""
 
 
 def advise(
@@ -60,33 +63,33 @@ def advise(
     seed: int = 0,
     callback: Callable[[str], None] | None = None,
 ) -> Advice:
-    """Find out what batch and learning rate to train *model* with. The model, its buffers and ``.grad``, an optimizer that is given,
-    the data and all random numbers stay as they are.
+    """Find out what batch and learning rate to train *model* with. The model, its buffers and ``.grad``, an optimizer that is
+    given, the data and all random numbers stay as they are.
 
-    1. Time steps at some batch sizes, and count the memory that they need. 2. Measure the largest eigenvalue of the Hessian and the
-    gradient noise scale. 3. Let learning rates race to *target_loss* with batches of about three times that. 4. Measure the noise
-    scale along a run with the best one: its mean is what the critical batch is expected to be. 5. In mode ``"branch"`` do 3 again
-    with batches an eighth, and eight times as large.
+    1. Time steps at some batch sizes, and count the memory that they need. 2. Measure the largest eigenvalue of the Hessian
+    and the gradient noise scale. 3. Let learning rates race to *target_loss* with batches of about three times that. 4.
+    Measure the noise scale along a run with the best one: its mean is what the critical batch is expected to be. 5. In mode
+    ``"branch"`` do 3 again with batches an eighth, and eight times as large.
 
     Args:
         model: with the weights to start from, in the mode (train) that training has.
         loss_fn: ``loss_fn(outputs, targets)``, the mean loss of a batch, 0-d.
         data: training examples: ``(inputs, targets)``, a map-style Dataset, a DataLoader (whose dataset and ``collate_fn`` are
             used), or batches, of which the first 65,536 examples are kept.
-        optimizer: a name of :func:`conjugo.training.optimizers.names`, ``"adam"``; a function of parameters and learning rate that
-            makes one; or an optimizer of the model's parameters, whose state and settings probes begin with.
+        optimizer: a name of :func:`conjugo.training.optimizers.names`, ``"adam"``; a function of parameters and learning rate
+            that makes one; or an optimizer of the model's parameters, whose state and settings probes begin with.
         target_loss: mean training loss to be reached; None, or if time does not suffice: what the best probe has reached.
         seconds: time for all of it, about; > 0.
-        max_examples: examples to be sent forward and backward in probes, at most: unlike *seconds* it gives the same advice each
-            time.
+        max_examples: examples to be sent forward and backward in probes, at most: unlike *seconds* it gives the same advice
+            each time.
         mode: ``"branch"`` tries three batch sizes, ``"fast"`` one, with a wider interval in a third of the time.
-        efficiency: the share in (0, 1) of examples that must not be wasted: the largest useful batch is the one with which training
-            needs 1 / efficiency times as many examples as with the smallest ones.
+        efficiency: the share in (0, 1) of examples that must not be wasted: the largest useful batch is the one with which
+            training needs 1 / efficiency times as many examples as with the smallest ones.
         max_batch: largest batch to be tried; None: the number of examples.
         micro_batch: most examples that go through the model at once; None: as many as memory allows.
         world_size: workers that share each batch.
-        all_reduce: seconds for which these add up their gradients; None: measured, where torch.distributed has so many ranks, else
-            not counted, with a warning.
+        all_reduce: seconds for which these add up their gradients; None: measured, where torch.distributed has so many ranks,
+            else not counted, with a warning.
         device: None: that of the model.
         seed: of batches, random vectors, and what the model draws.
         callback: called with what begins.
@@ -117,8 +120,6 @@ def advise(
     where = params[0].device if device is None else torch.device(device)
     model = _plain(model)
     if where != params[0].device:
-        import copy
-
         model = copy.deepcopy(model).to(where)
     name, make, needs_loss = _optimizer(optimizer, params)
     examples = Examples(data, where)
@@ -132,10 +133,8 @@ def advise(
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.module
-    return model
+    found: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
+    return found.module if isinstance(found, nn.parallel.DistributedDataParallel) else found
 
 
 def _optimizer(
@@ -158,7 +157,8 @@ def _optimizer(
 
 
 def _like(given: Optimizer, params: Sequence[nn.Parameter]) -> MakeOptimizer:
-    """Makes optimizers of other parameters with the settings and the state of *given*, whose learning rates keep their ratios."""
+    """Makes optimizers of other parameters with the settings and the state of *given*, whose learning rates keep their
+    ratios."""
     places = {id(p): i for i, p in enumerate(params)}
     strange = [p for group in given.param_groups for p in group["params"] if id(p) not in places]
     check(
@@ -336,31 +336,34 @@ class _Advisor:
         return found
 
     def _confirmed(self, batch: int, raced: Raced, goal: float, along: list[NoiseScale] | None = None) -> Probe:
-        """The winner with other batches of examples, with smaller learning rates if it fails; the noise along the first run."""
-        problem, lr = self.problem, raced.lr
+        """Steps with other batches of examples. The winner of a race may have been lucky: if it is slower here, or fails,
+        smaller learning rates get the same chance. Along the first run the noise is measured."""
+        problem = self.problem
         clock, before = problem.clock, problem.clock.examples
-        lower = [other for other in raced.results if other < 0.98 * lr and math.isfinite(raced.results[other])]
-        for _ in range(4):
-            limit = math.ceil(2 * raced.steps) + 10
-            steps: list[float] = []
+        found: dict[float, list[float]] = {}
+        lr = raced.lr
+        while not found or (len(found) < 4 and not clock.over):
+            best = min((_mean_log(steps) for steps in found.values()), default=math.log(2 * raced.steps))
+            limit = math.ceil(1.5 * math.exp(best)) + 10
+            found[lr] = []
             for seed in SEEDS:
                 run = Run(problem, lr, batch, seed=self.seed + seed)
-                if along is not None and not steps:
-                    along.clear()
+                if along is not None and len(found) == 1 and not found[lr]:
                     self._along(run, raced.steps, goal, along)
                 run.advance(limit, goal)
-                steps.append(run.steps_to(goal))
-                if not math.isfinite(steps[-1]):
+                found[lr].append(max(1.0, run.steps_to(goal)))
+                if not math.isfinite(found[lr][-1]):
                     break
-            if clock.over or all(math.isfinite(s) for s in steps):
+            if _mean_log(found[lr]) > best + 1e-9 and len(found) > 1:
                 break
-            lr = max(lower) if lower else lr / math.sqrt(2)
-            lower = [other for other in lower if other < 0.98 * lr]
+            if _mean_log(found[lr]) <= math.log(SLOWER * raced.steps):
+                break
+            lr /= math.sqrt(2)
         self.clock.examples += clock.examples - before
-        good = [s for s in steps if math.isfinite(s)] or [raced.steps]
-        return Probe(
-            batch=batch, lr=lr, steps=tuple(max(1.0, s) for s in good), race=raced, confirmed=len(steps) == len(good)
-        )
+        lr = min(found, key=lambda each: _mean_log(found[each]))
+        confirmed = len(found[lr]) == len(SEEDS) and math.isfinite(_mean_log(found[lr]))
+        steps = tuple(s for s in found[lr] if math.isfinite(s)) or (max(1.0, raced.steps),)
+        return Probe(batch=batch, lr=lr, steps=steps, race=raced, confirmed=confirmed)
 
     def _along(self, run: Run, steps: float, goal: float, along: list[NoiseScale]) -> None:
         """Train *run* and measure its noise in the middle of each of `WINDOWS` parts of *steps*."""
@@ -413,7 +416,12 @@ class _Advisor:
         batches = [float(probe.batch) for probe in probes for _ in probe.steps]
         factor = MOMENTUM_FACTOR if self.name in ("momentum", "nesterov", "frsgd") else PRIOR_FACTOR
         return StepsForecast(
-            batches, [s for probe in probes for s in probe.steps], b_prior=b_prior, prior_factor=factor, noise=0.12
+            batches,
+            [s for probe in probes for s in probe.steps],
+            b_prior=b_prior,
+            prior_factor=factor,
+            noise=0.12,
+            common=0.08,
         )
 
     def _remarks(
@@ -422,7 +430,7 @@ class _Advisor:
         b_crit = forecast.b_crit.value
         if mode == "branch" and len(probes) > 1 and not 0.5 <= b_prior / b_crit <= 2:
             self.warnings.append(
-                f"the noise scale along the run ({b_prior:,.0f}) and the probes ({b_crit:,.0f}) differ by more than a factor of 2"
+                f"the noise scale along the run ({b_prior:,.0f}) and the probes ({b_crit:,.0f}) differ by more than 2"
             )
         for probe in probes:
             if not probe.race.bracketed:
@@ -440,8 +448,6 @@ class _Advisor:
 
     def _all_reduce(self, world_size: int) -> float | None:
         """Seconds to add up gradients, where the ranks are there."""
-        import time
-
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size):
             self.warnings.append(
                 f"the time in which {world_size} workers add up their gradients is not counted: give all_reduce"
@@ -449,7 +455,7 @@ class _Advisor:
             return None
         numbers = sum(p.numel() for p in self.problem.model.parameters() if p.requires_grad)
         buffer = torch.zeros(numbers, device=self.problem.examples.device)
-        times = []
+        times: list[float] = []
         for _ in range(5):
             dist.barrier()
             begin = time.perf_counter()
@@ -460,9 +466,8 @@ class _Advisor:
         return sorted(times)[2]
 
 
-def lr_power(optimizer: str) -> float:
-    """How the best learning rate follows 1 / (1 + B_crit / B): in proportion for SGD, by the square root for adaptive methods."""
-    return 0.5 if optimizer in ("adam", "adamw", "lamb", "rmsprop") else 1.0
+def _mean_log(steps: Sequence[float]) -> float:
+    return sum(math.log(s) for s in steps) / len(steps)
 
 
 class _Batches:
@@ -470,7 +475,7 @@ class _Batches:
 
     def __init__(self, examples: Examples, rows: torch.Tensor, size: int) -> None:
         self._examples = examples
-        self._parts = rows.split(size)
+        self._parts = torch.split(rows, size)
 
     def __iter__(self) -> Any:
         return (self._examples.take(part) for part in self._parts)

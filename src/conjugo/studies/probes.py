@@ -31,7 +31,7 @@ MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
 
 JUDGED = 4096
 """Examples at most, chosen once, over which the loss of a probe is taken."""
-EVERY = 1.04
+EVERY = 1.02
 """The loss is taken each time the steps have grown by this factor."""
 ROOT2 = math.sqrt(2)
 
@@ -63,15 +63,22 @@ class Clock:
 class Examples:
     """Examples that can be taken in any order and number.
 
-    data: ``(inputs, targets)``, a map-style Dataset of such pairs, a DataLoader of one, or batches, which are put together.
+    data: ``(inputs, targets)``, a map-style Dataset of such pairs, a DataLoader of one, batches, which are put together, or
+    ``(take, n)``: a function that gives inputs and targets of the rows asked for, on the device, and how many rows there are.
     """
 
     MOST = 2**16
     """Of batches that are put together, so many examples are kept."""
 
+    n: int
+
     def __init__(self, data: Any, device: torch.device) -> None:
         self.device = device
         self._dataset: Any = None
+        self._give: Callable[[Tensor], tuple[Any, Any]] | None = None
+        if isinstance(data, tuple) and callable(data[0]):
+            self._give, self.n = data
+            return
         if isinstance(data, torch.utils.data.DataLoader):
             known = not isinstance(data.dataset, torch.utils.data.IterableDataset)
             if known:
@@ -96,6 +103,8 @@ class Examples:
 
     def take(self, rows: Tensor) -> tuple[Any, Any]:
         """Inputs and targets of the examples *rows* (int64), on the device."""
+        if self._give is not None:
+            return self._give(rows)
         if self._dataset is not None:
             inputs, targets = self._collate([self._dataset[i] for i in rows.tolist()])
             return self._moved(inputs), self._moved(targets)
@@ -150,14 +159,14 @@ class Problem:
     def parts(self, rows: Tensor) -> Sequence[Tensor]:
         """*rows*, cut into micro-batches."""
         size = self.micro_batch or len(rows)
-        return rows.tensor_split(-(-len(rows) // size))
+        return list(torch.tensor_split(rows, -(-len(rows) // size)))
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
         """The mean loss over the examples that runs are judged by, in the mode that training has; changes nothing."""
         total = torch.zeros((), dtype=torch.float64)
         with undisturbed(model, 0):
-            for part in self.judged.split(min(len(self.judged), self.micro_batch or 1024)):
+            for part in torch.split(self.judged, min(len(self.judged), self.micro_batch or 1024)):
                 inputs, targets = self.examples.take(part)
                 total += self.loss_fn(model(inputs), targets).cpu() * len(part)
         return float(total / len(self.judged))
@@ -285,9 +294,9 @@ def race(
 ) -> Raced | None:
     """Find the learning rate that brings the loss down fastest; None if none of them does at all.
 
-    All *lrs* run on the same batches, in rounds of growing length. Whoever needs *patience* times as many steps as the leader to
-    the same loss drops out. When the leader is at *target* (None: never), neighbours of the best one are tried, until it has a worse
-    one on either side: first with the ratio of *lrs*, and with *refine* by the square root of 2.
+    All *lrs* run on the same batches, in rounds of growing length. Whoever needs *patience* times as many steps as the leader
+    to the same loss drops out. When the leader is at *target* (None: never), neighbours of the best one are tried, until it
+    has a worse one on either side: first with the ratio of *lrs*, and with *refine* by the square root of 2.
     """
     goal = -math.inf if target is None else target
     alive = [Run(problem, lr, batch, seed=seed) for lr in sorted(lrs)]
@@ -319,9 +328,9 @@ def race(
         for run in good:
             if run not in alive:
                 run.release()
-        smaller = leader.lr / ratio
-        if leader.stalled and not any(run.lr < 0.99 * leader.lr for run in alive) and smaller >= limits[0]:
-            alive.append(Run(problem, smaller, batch, seed=seed))
+        below = leader.lr / ratio
+        if leader.stalled and not any(run.lr < 0.99 * leader.lr for run in alive) and below >= limits[0]:
+            alive.append(Run(problem, below, batch, seed=seed))
         length = math.ceil(length * 1.5)
     reached = leader.loss <= goal
     if not reached:
@@ -352,7 +361,8 @@ def _tried(lr: float, results: dict[float, float], failed: Sequence[float]) -> b
 
 
 def _vertex(results: dict[float, float], best: float) -> tuple[float, bool]:
-    """Where the parabola through the best learning rate and its finite neighbours is lowest, and whether there are neighbours."""
+    """Where the parabola through the best learning rate and its finite neighbours is lowest, and whether there are
+    neighbours."""
     order = sorted(results)
     at = order.index(best)
     if at in (0, len(order) - 1):

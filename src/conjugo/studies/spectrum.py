@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +24,7 @@ from torch.nn import functional as F
 from conjugo.distributed import export_step
 from conjugo.distributed._manifest import steps as checkpointed_steps
 from conjugo.errors import CorruptFile, check, unknown
+from conjugo.studies.scripts import function_of
 from conjugo.training import TrainConfig, models
 from conjugo.training import data as datasets
 from conjugo.training.spectrum import (
@@ -223,7 +222,7 @@ def of_script(
 
     Raises FileNotFoundError where there is no script, ValueError where there is no such function or it gives something else.
     """
-    build = _function(script, function)
+    build = function_of(script, function)
     where = f"{script}:{function}"
     torch.manual_seed(settings.seed)
     built = build()
@@ -286,26 +285,6 @@ class Shared:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return islice(self._batches, self._workers.rank, None, self._workers.size)
-
-
-def _function(script: Path, name: str) -> Callable[[], Any]:
-    if not script.is_file():
-        raise FileNotFoundError(f"there is no script {script}")
-    specification = importlib.util.spec_from_file_location(f"conjugo_script_{script.stem}", script)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # where pickle and dataclasses look for it
-    sys.path.insert(0, str(script.parent.resolve()))
-    try:
-        specification.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    if not callable(getattr(module, name, None)):
-        unknown(f"function in {script}", name, functions)
-    found: Callable[[], Any] = getattr(module, name)
-    return found
 
 
 def _described(value: Any) -> str:
