@@ -49,7 +49,7 @@ class AdvisorPlan:
     optimizers: tuple[str, ...] = ("sgd", "adam", "nlcg")
     advise_seeds: int = 3
     seconds: float = 60.0
-    mode: Literal["fast", "branch"] = "fast"
+    mode: Literal["fast", "branch"] = "branch"
     tuning_seeds: int = 2
     seeds: int = 4
     paired: int = 4
