@@ -39,7 +39,7 @@ def test_every_command_has_help(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
     assert f"usage: conjugo {command}" in out
-    assert "(required)" not in out or command in ("report", "reproduce", "data", "ckpt", "spectrum")
+    assert "(required)" not in out or command in ("report", "reproduce", "data", "ckpt", "spectrum", "bngd")
 
 
 def test_the_help_of_train_names_every_optimizer_and_model(capsys):

@@ -22,6 +22,8 @@ COMMANDS = {
     "train": "train a model, in a run directory that can be resumed",
     "launch": "start a program as several workers, on one host or several",
     "spectrum": "how the eigenvalues of a model's Hessian are distributed: picture, numbers",
+    "bngd": "gradient descent with batch norm: maps on least squares, data, layers of a model",
+    "advise": "how large the batch may be, with which learning rate, and how much sooner training ends",
     "compare": "compare optimizers over batch sizes: tuning, fresh seeds, table, HTML report",
     "report": "make the report of a training run, or table, plots and report of a comparison again",
     "reproduce": "set a paper's headline result beside what comes out here",

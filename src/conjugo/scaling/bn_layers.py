@@ -25,9 +25,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from conjugo._space import is_dtensor
 from conjugo.curvature import Operator, eigsh, from_matvec, ggn, hessian, spectral_density
-from conjugo.curvature._batches import Data
-from conjugo.curvature._function import LossFn
 from conjugo.errors import check, unknown
+from conjugo.scaling.noise_scale import Data, LossFn
 
 __all__ = [
     "EffectiveLRTracker",

@@ -31,6 +31,7 @@ from conjugo._files import write_aside
 from conjugo.errors import check
 from conjugo.scaling import bngd
 from conjugo.scaling.bngd import OLS
+from conjugo.studies.bngd import least_squares
 from conjugo.studies.reproduce.bngd_networks import (
     VARIANTS,
     ImagePlan,
@@ -49,7 +50,7 @@ from conjugo.training.machine import choose_device
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["PAPER", "BngdImages", "BngdPlan", "BngdResult", "experiment", "images", "standardised"]
+__all__ = ["PAPER", "BngdImages", "BngdPlan", "BngdResult", "experiment", "images"]
 
 STARTS: Mapping[str, str] = {"random": "w0 random", "g": "w0 = Hu / |Hu|"}
 
@@ -168,31 +169,11 @@ def widths(plan: BngdPlan) -> dict[str, Any]:
     return found
 
 
-def standardised(name: str) -> OLS:
-    """A data set of scikit-learn as least squares, inputs and targets standardised; targets of classes are 0 and 1.
-
-    Raises UnknownName.
-    """
-    from sklearn import datasets
-
-    from conjugo.errors import unknown
-
-    loaders = {
-        "diabetes": datasets.load_diabetes,
-        "breast_cancer": datasets.load_breast_cancer,
-        "wine": datasets.load_wine,
-    }
-    if name not in loaders:
-        unknown("data set", name, loaders)
-    X, y = loaders[name](return_X_y=True)
-    return OLS.from_data(X, (y - y.mean()) / y.std(), standardize=True)
-
-
 def data(plan: BngdPlan) -> dict[str, Any]:
     """By data set: condition numbers, and steps to the excess that is wanted; None: not within the budget."""
     found: dict[str, Any] = {}
     for name, tol in plan.data.items():
-        problem = standardised(name)
+        problem = least_squares(name)
         spectrum = problem.spectrum()
         shares = (0.99, 0.5, 0.1, 0.01, 1.01)
         rates = [share * spectrum.gd_lr_max for share in shares]
@@ -206,6 +187,7 @@ def data(plan: BngdPlan) -> dict[str, Any]:
             "d": problem.d,
             "kappa": spectrum.kappa,
             "kappa_star": spectrum.kappa_star,
+            "gd_lr_max": spectrum.gd_lr_max,
             "gd": dict(zip([f"{share:g}" for share in shares], _taken(descent))),
             "lrs": lrs.tolist(),
             "bngd": steps,

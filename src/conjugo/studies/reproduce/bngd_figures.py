@@ -129,7 +129,7 @@ def data(result: BngdResult) -> Figure:
             for i, steps in enumerate(case["bngd"]):
                 axes.plot(case["lrs"], [math.nan if n is None else n for n in steps], color=style.color, alpha=0.8,
                           label="BNGD, one line a start" if i == 0 else None)  # fmt: skip
-            top = 2 / _largest(name)
+            top = case["gd_lr_max"]
             points = [(float(share) * top, steps) for share, steps in sorted(case["gd"].items()) if steps is not None]
             if points:
                 axes.plot(*zip(*points), color=other.color, marker=other.marker, label="gradient descent")
@@ -141,12 +141,6 @@ def data(result: BngdResult) -> Figure:
         axeses[0].set_ylabel("steps")
         figure.legend(*axeses[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         return figure
-
-
-def _largest(name: str) -> float:
-    from conjugo.studies.reproduce.bngd import standardised
-
-    return float(standardised(name).spectrum().lam[-1])
 
 
 def digits(result: BngdResult) -> Figure:
