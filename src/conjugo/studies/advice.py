@@ -143,13 +143,13 @@ class Advice:
     # What is shown -----------------------------------------------------------------------------------------------------
 
     def batches(self) -> list[int]:
-        """Powers of 2 from a quarter of the smallest batch that was tried to the largest that there is, and the advised one."""
+        """Powers of 2 from a quarter of the smallest batch that was tried, the largest that there is, and the advised one."""
         low = max(1, 2 ** int(math.log2(self.probes[0].batch)) // 4)
         high = self.max_batch
         powers = [2**k for k in range(int(math.log2(low)), int(math.log2(high)) + 1)]
         while len(powers) > 11:
             powers = powers[::2] if len(powers) % 2 else powers[1::2]
-        return sorted({*powers, self.recommended_batch})
+        return sorted({*powers, high, self.recommended_batch})
 
     def command(self, train: Mapping[str, Any] | None = None) -> str:
         """The call of ``conjugo train`` that follows the advice; *train*: its other settings, such as data and model."""
@@ -198,7 +198,7 @@ class Advice:
         workers = f", {self.world_size} workers" if self.world_size > 1 else ""
         title = f"Steps and time to a training loss of {self.target_loss:.3g} ({self.optimizer}{workers})"
         table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", pad_edge=False)
-        for name in ("batch", "learning rate", "steps", "95 %", "examples", "efficiency", "time", "speed-up"):
+        for name in ("batch", "lr", "steps", "95 %", "examples", "useful", "time", "speed-up"):
             table.add_column(name, justify="right", no_wrap=True)
         rows = self.rows()
         base = rows[0]["seconds"]

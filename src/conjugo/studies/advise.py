@@ -376,8 +376,8 @@ class _Advisor:
 
     def _expected(self, along: Sequence[NoiseScale]) -> float:
         """What the critical batch is expected to be: the mean noise scale of a run, in the metric of its optimizer."""
-        values = [noise.b_simple for noise in along if math.isfinite(noise.b_simple)]
-        return min(max(1.0, sum(values) / len(values)), 100.0 * self.problem.examples.n)
+        mean = sum(noise.b_simple for noise in along) / len(along)
+        return float(min(max(1.0, mean), 100 * self.problem.examples.n))
 
     def _branch(self, batch: int, probes: list[Probe], goal: float, b_prior: float) -> None:
         """Probes with smaller and larger batches, if there is time."""
@@ -463,7 +463,7 @@ class _Advisor:
             if buffer.is_cuda:
                 torch.cuda.synchronize(buffer.device)
             times.append(time.perf_counter() - begin)
-        return sorted(times)[2]
+        return float(sorted(times)[2])
 
 
 def _mean_log(steps: Sequence[float]) -> float:
