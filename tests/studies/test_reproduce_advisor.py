@@ -521,6 +521,29 @@ def test_the_advisor_sees_other_weights_than_those_that_are_measured(monkeypatch
     assert Prediction.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
+def test_that_there_is_no_advice_is_a_result_too(monkeypatch):
+    def advise(*args, **kwargs):
+        raise OverflowError("too much")
+
+    monkeypatch.setitem(sys.modules, "conjugo.studies.advise", SimpleNamespace(advise=advise))
+
+    def sometimes(problem, optimizer, seed):
+        if (optimizer, seed) == ("sgd", 0):
+            return predict(problem, optimizer, seed, seconds=1, mode="fast")
+        return ask(problem, optimizer, seed)
+
+    found = experiment(Request(), plan=SMALL, problems=[QUICK], ask=sometimes, run=pretend)
+    assert "No advice for SGD on quick: OverflowError: too much." in found.text()
+    summary = found.summary("sgd", held_out=False)
+    assert (summary.cases, summary.judged) == (8, 4)
+    assert [(case.seed, case.lost > 0.1) for case in found.cases("sgd")] == [(1, True)] * 4
+    console = Console(width=160, file=io.StringIO())
+    for table in found.tables():
+        console.print(table)
+    assert "4 of 8" in console.file.getvalue()
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
 # ---- the rest ----
 
 

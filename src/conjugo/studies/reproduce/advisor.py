@@ -69,7 +69,7 @@ class AdvisorPlan:
 
     def sweeps(self, problems: Sequence[Problem], predictions: Sequence[Prediction]) -> list[Sweep]:
         """The measurements."""
-        advice = {prediction.key: prediction for prediction in predictions}
+        advice = [prediction for prediction in predictions if not prediction.error]
         return [
             Sweep(
                 problem=problem.name,
@@ -78,7 +78,7 @@ class AdvisorPlan:
                 limit=1000 + self.epochs * len(problem.examples()[0]) // batch,
                 tuning_seeds=self.tuning_seeds,
                 seeds=self.seeds,
-                advised=tuple(advice[problem.name, name, seed].lr[batch] for seed in range(self.advise_seeds)),
+                advised=tuple(p.lr[batch] for p in advice if (p.problem, p.optimizer) == (problem.name, name)),
                 paired=self.paired,
             )
             for problem in problems

@@ -29,6 +29,7 @@ class Prediction:
 
     written: when, in UTC. steps, lr: by batch size. critical: batch, in examples. initial: B_simple of the untrained network
     in the Euclidean metric, for the naive rule that uses nothing else. seconds: it took. advice: its own plain values.
+    error: why there is no advice; steps and lr are empty then.
     """
 
     problem: str
@@ -42,6 +43,7 @@ class Prediction:
     seconds: float
     warnings: tuple[str, ...]
     advice: Mapping[str, Any]
+    error: str = ""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -94,34 +96,50 @@ def _interval(values: Sequence[float | None]) -> Interval:
 def predict(
     problem: Problem, optimizer: str, seed: int, *, seconds: float, mode: Literal["fast", "branch"]
 ) -> Prediction:
-    """Ask the advisor; it sees the problem with weights of its own. seconds, mode: as it takes them."""
+    """Ask the advisor; it sees the problem with weights of its own. seconds, mode: as it takes them.
+
+    That it raises an exception is a result, too.
+    """
     from conjugo.studies.advise import advise
 
     model, data = problem.model(_FIRST_MODEL + seed), problem.examples()
     begun = datetime.now(UTC)
-    advice = advise(
-        model,
-        problem.loss,
-        data,
-        optimizer=optimizer,
-        target_loss=problem.target,
-        seconds=seconds,
-        mode=mode,
-        seed=seed,
-    )
+    found: dict[str, Any] = {
+        "steps": {},
+        "lr": {},
+        "critical": Interval(math.inf, 0.0, math.inf),
+        "warnings": (),
+        "advice": {},
+    }
+    try:
+        advice = advise(
+            model,
+            problem.loss,
+            data,
+            optimizer=optimizer,
+            target_loss=problem.target,
+            seconds=seconds,
+            mode=mode,
+            seed=seed,
+        )
+        found = {
+            "steps": {batch: Interval(*advice.steps(batch)) for batch in problem.batches},
+            "lr": {batch: advice.lr(batch) for batch in problem.batches},
+            "critical": Interval(*advice.critical_batch),
+            "warnings": tuple(advice.warnings),
+            "advice": advice.to_dict(),
+        }
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
     ended = datetime.now(UTC)
     return Prediction(
         problem=problem.name,
         optimizer=optimizer,
         seed=seed,
         written=ended.isoformat(timespec="seconds"),
-        steps={batch: Interval(*advice.steps(batch)) for batch in problem.batches},
-        lr={batch: advice.lr(batch) for batch in problem.batches},
-        critical=Interval(*advice.critical_batch),
         initial=gradient_noise_scale(model, problem.loss, data, seed=seed).b_simple,
         seconds=(ended - begun).total_seconds(),
-        warnings=tuple(advice.warnings),
-        advice=advice.to_dict(),
+        **found,
     )
 
 

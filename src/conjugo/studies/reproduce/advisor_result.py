@@ -72,9 +72,9 @@ class Case:
 class Summary:
     """Over the cases of an optimizer in a group of problems; fractions.
 
-    judged: number of cases. error, worst: median and largest factor by which predicted and measured steps differ, less 1.
-    covered: part of the cases inside the interval. lost, lost_worst: steps lost by the advised learning rate, median and
-    largest; infinite where censored. None: there is no case.
+    cases: also those without advice. judged: those with an error. error, worst: median and largest factor by which predicted
+    and measured steps differ, less 1. covered: part of the judged cases inside the interval. lost, lost_worst: steps lost
+    by the advised learning rate, median and largest; infinite where censored. None: there is no case.
     """
 
     optimizer: str
@@ -141,8 +141,9 @@ class AdvisorResult:
         return [cell for cell in self.cells if (cell.sweep.problem, cell.sweep.optimizer) == (problem, optimizer)]
 
     def predicted(self, problem: str, optimizer: str) -> list[Prediction]:
-        """By advise seed."""
-        return [p for p in self.predictions if (p.problem, p.optimizer) == (problem, optimizer)]
+        """By advise seed, without those for which there was no advice."""
+        found = [p for p in self.predictions if (p.problem, p.optimizer) == (problem, optimizer)]
+        return [p for p in found if not p.error]
 
     def law(self, problem: str, optimizer: str) -> Law | None:
         """The hyperbola through the measured steps; None with less than three points."""
@@ -174,9 +175,9 @@ class AdvisorResult:
                 predicted=prediction.steps[sweep.batch_size],
                 lr=None if best is None else best[0],
                 advised_lr=prediction.lr[sweep.batch_size],
-                lost=cell.lost(prediction.seed),
+                lost=cell.lost(i),
             )
-            for prediction in self.predicted(sweep.problem, sweep.optimizer)
+            for i, prediction in enumerate(self.predicted(sweep.problem, sweep.optimizer))
         ]
 
     def summary(self, optimizer: str, *, held_out: bool) -> Summary:
@@ -188,7 +189,11 @@ class AdvisorResult:
         return Summary(
             optimizer=optimizer,
             group=GROUPS[held_out],
-            cases=len(cases),
+            cases=sum(
+                self.plan.advise_seeds * len(self.of(problem.name, optimizer))
+                for problem in self.problems
+                if problem.held_out == held_out
+            ),
             judged=len(errors),
             error=_percent(_median(errors)),
             worst=_percent(max(errors, default=None)),
@@ -313,7 +318,7 @@ class AdvisorResult:
             f"{number(low)} … {number(high)}",
             "–" if steps is None else f"{value / steps:.2f}",
             "–" if None in inside else f"{sum(map(bool, inside))} of {len(inside)}",
-            "–" if best is None else f"{_geometric([case.advised_lr for case in cases]) / best[0]:.2f}",
+            "–" if best is None else number(_geometric([case.advised_lr for case in cases]) / best[0]),
             percent_text(lost),
         ]
 
@@ -398,8 +403,8 @@ class AdvisorResult:
 
     def text(self) -> str:
         """What came out as promised and what did not."""
-        never = [case for case in self.cases() if case.steps == math.inf and case.seed == 0]
-        censored = [case for case in self.cases() if case.steps is None and case.seed == 0]
+        never = [cell for cell in self.cells if cell.best is None]
+        censored = [cell for cell in self.cells if cell.best is not None and cell.mean is None]
         dates = sorted(prediction.written for prediction in self.predictions)
         notes = (
             [f"Predictions were complete at {dates[-1]}, SHA-256 {self.sha256}; measured was after that."]
@@ -409,15 +414,20 @@ class AdvisorResult:
         if never:
             notes.append(
                 "No learning rate reaches the target in time with "
-                f"{listed([_where(case) for case in never])}: a finite prediction counts as an infinite error there."
+                f"{listed([_where(cell) for cell in never])}: a finite prediction counts as an infinite error there."
             )
         if censored:
-            notes.append(f"Not judged, some seeds did not reach the target: {listed([_where(c) for c in censored])}.")
+            notes.append(
+                f"Not judged, some seeds did not reach the target: {listed([_where(cell) for cell in censored])}."
+            )
+        notes += [
+            f"No advice for {LABELS[p.optimizer]} on {p.problem}: {p.error}." for p in self.predictions if p.error
+        ]
         return sentences(self.claims(), [*notes, *self.missing, *(f"Given up: {crash}" for crash in self.crashes)])
 
 
-def _where(case: Case) -> str:
-    return f"{LABELS[case.optimizer]} on {case.problem} at batch {case.batch}"
+def _where(cell: Measured) -> str:
+    return f"{LABELS[cell.sweep.optimizer]} on {cell.sweep.problem} at batch {cell.sweep.batch_size}"
 
 
 def _geometric(values: Sequence[float]) -> float:
