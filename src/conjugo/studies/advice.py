@@ -300,7 +300,8 @@ class Advice:
 def lr_power(optimizer: str) -> float:
     """How the best learning rate follows 1 / (1 + B_crit / B): in proportion for SGD, by the square root for adaptive
     methods."""
-    return 0.5 if optimizer in ("adam", "adamw", "lamb", "rmsprop") else 1.0
+    adaptive = optimizer in ("adam", "adamw", "lamb", "rmsprop") or optimizer.startswith("nlcg")
+    return 0.5 if adaptive else 1.0
 
 
 def _noise_text(noise: NoiseScale) -> str:

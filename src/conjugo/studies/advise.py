@@ -343,8 +343,8 @@ class _Advisor:
         found: dict[float, list[float]] = {}
         lr = raced.lr
         while not found or (len(found) < 4 and not clock.over):
-            best = min((_mean_log(steps) for steps in found.values()), default=math.log(2 * raced.steps))
-            limit = math.ceil(1.5 * math.exp(best)) + 10
+            best = min((_mean_log(steps) for steps in found.values()), default=math.inf)
+            limit = math.ceil(min(2 * raced.steps, 1.5 * math.exp(best) if math.isfinite(best) else math.inf)) + 10
             found[lr] = []
             for seed in SEEDS:
                 run = Run(problem, lr, batch, seed=self.seed + seed)
@@ -410,7 +410,8 @@ class _Advisor:
         probes.sort(key=lambda probe: probe.batch)
 
     def _lr_ratio(self, batch: float, base: float, b_crit: float) -> float:
-        return ((1 + b_crit / base) / (1 + b_crit / batch)) ** lr_power(self.name)
+        ratio = (1 + b_crit / base) / (1 + b_crit / batch)
+        return float(ratio ** lr_power(self.name))
 
     def _forecast(self, probes: Sequence[Probe], b_prior: float) -> StepsForecast:
         batches = [float(probe.batch) for probe in probes for _ in probe.steps]

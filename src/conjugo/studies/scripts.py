@@ -14,7 +14,7 @@ __all__ = ["function_of", "split_target"]
 
 
 def split_target(target: str) -> tuple[Path, str] | None:
-    """Script and function of ``script.py:function``; the function is ``build`` where none is named. None: it names no script."""
+    """Script and function of ``script.py:function``; ``build`` where no function is named. None: it names no script."""
     script, colon, function = target.rpartition(":")
     if target.endswith(".py"):
         return Path(target), "build"

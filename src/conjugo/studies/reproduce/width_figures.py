@@ -63,21 +63,22 @@ def stability(result: CollapseResult) -> Figure:
         for axes, (kind, name) in zip(axeses, _HEIGHTS.items()):
             for gbar, style in zip(plan.gbars, looks.values()):
                 there = [(c, *result.mean(c, kind)) for c in plan.conditions(gbar)]
-                for marker, momentum in ((style.marker, False), ("$m$", True)):
+                for momentum in (False, True):
                     rows = [row for row in there if bool(row[0].momentum) == momentum]
-                    # Momentum stands at the plain learning rate with the same physical time for a step.
-                    xs = [c.lr / (1 - c.momentum) for c, _, _ in rows]
+                    # Momentum stands beside the plain learning rate with which a step takes as much physical time.
+                    xs = [c.lr / (1 - c.momentum) * (1.15 if momentum else 1) for c, _, _ in rows]
                     heights, errors = [100 * mean for _, mean, _ in rows], [100 * error for *_, error in rows]
                     axes.errorbar(
                         xs,
                         heights,
                         errors,
                         color=style.color,
-                        marker=marker,
+                        marker=style.marker,
+                        markerfacecolor="none" if momentum else style.color,
                         linestyle="none" if momentum else "-",
-                        markersize=7 if momentum else 4.5,
+                        markersize=4.5,
                         linewidth=1.1,
-                        label=None if momentum else f"gbar {gbar:g}",
+                        label=f"with momentum {plan.momentum:g}" if momentum else f"gbar {gbar:g}",
                     )
             _octaves(axes, plan.lrs)
             axes.set_xlabel("learning rate")
