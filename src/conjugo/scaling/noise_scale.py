@@ -275,6 +275,7 @@ class _Ranks:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
         self.group = group
         self.size = dist.get_world_size(group) if several else 1
+        self.rank = dist.get_rank(group) if several else 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.size > 1:
@@ -410,18 +411,19 @@ class _Kept:
             return torch.cat([x if r is None else x * r.reshape(-1) for x, r in zip(pieces, roots, strict=True)])
 
         rows = self._rows[: len(self._counts)]
-        counts = torch.tensor(self._counts, dtype=self._dtype, device=rows.device)
         total = self._ranks.sum(rows.sum(0))
         n = self.of_all()
+        # Rows are means over blocks of `count` micro-batches: their covariance is 1/count of that of one.
+        away = [row / count - total / n for row, count in zip(rows, self._counts, strict=True)]
+        # The products are collective: all ranks take the same row at a time.
+        rank = self._ranks.rank
+        owners = self._ranks.gather([[float(rank), float(count)] for count in self._counts])
+        mine = iter(away)
         inside = 0.0
-        groups = 0.0
-        for row, count in zip(rows, counts, strict=True):
-            # Rows are means over blocks of `count` micro-batches: their covariance is 1/count of that of one.
-            away = row / count - total / n
-            inside += float(count * dot(away, scaled(op @ scaled(away))))
-            groups += 1
-        inside, groups = self._ranks.sum(torch.tensor([inside, groups], dtype=torch.float64)).tolist()
-        trace: float = self._size * inside / (groups - 1)
+        for owner, count in owners:
+            row = self._ranks.sum(next(mine) if owner == rank else torch.zeros_like(total))
+            inside += count * float(dot(row, scaled(op @ scaled(row))))
+        trace: float = self._size * inside / (len(owners) - 1)
         mean = total / n
         along = float(dot(mean, scaled(op @ scaled(mean))))
         examples = n * self._size
@@ -456,10 +458,10 @@ def jackknife(found: Moments, without: list[Moments], *, examples: float) -> tup
 def student975(freedom: int) -> float:
     """The 97.5 % quantile of Student's t distribution, to 1e-3; freedom >= 1.
 
-    Abramowitz & Stegun, Handbook of Mathematical Functions, 26.7.5, which is exact enough from three degrees on.
+    Abramowitz & Stegun, Handbook of Mathematical Functions, 26.7.5, which is exact enough from four degrees on.
     """
-    if freedom < 3:
-        return (12.7062, 4.3027)[freedom - 1]
+    if freedom < 4:
+        return (12.7062, 4.3027, 3.1824)[freedom - 1]
     z: float = 1.959964
     terms = (
         (z**3 + z) / 4,
