@@ -354,6 +354,26 @@ def test_naive_rules_start_from_the_predicted_critical_batch(result):
     assert more == pytest.approx(fewer * 256 / 40, rel=0.01)
 
 
+def test_a_naive_rule_that_is_better_is_named():
+    """On the development problem the critical batch is ten times too large, and the noise scale at the beginning is right."""
+
+    def misled(problem, optimizer, seed):
+        return replace(
+            ask(problem, optimizer, seed, critical=B_CRIT if problem.held_out else 10 * B_CRIT), initial=B_CRIT
+        )
+
+    plan = replace(SMALL, optimizers=("sgd",))
+    found = experiment(
+        Request(), plan=plan, problems=[QUICK, replace(OTHER, batches=(4, 16, 64))], ask=misled, run=pretend
+    )
+    cases = found.claims()[-1].cases
+    assert cases["SGD, development"][0] is False
+    assert cases["SGD, development"][1].endswith("(B_simple at the beginning)")
+    errors = [found.rival("B_simple at the beginning", "sgd", held_out=group)[0] for group in (False, True)]
+    assert errors[0] > 1  # started from too many steps
+    assert errors[1] < 0.03
+
+
 def test_tables_and_sentences(result):
     console = Console(width=160, file=io.StringIO())
     for table in result.tables():
