@@ -52,7 +52,7 @@ class AdvisorPlan:
     mode: Literal["fast", "branch"] = "branch"
     tuning_seeds: int = 2
     seeds: int = 4
-    paired: int = 4
+    paired: int = 2
     epochs: int = 30
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ def _ordered(runs: Iterable[Run]) -> tuple[Run, ...]:
 
 
 def on_gpu(request: Request) -> AdvisorResult:
-    """The same with a residual network on CIFAR-10. Raises ValueError without a GPU: *force* cannot help it."""
+    """The same with a residual network on CIFAR-10, on one GPU. Raises ValueError without one."""
     check(torch.cuda.is_available(), "reproduce", "scale", "gpu", "'cpu' on a machine without a GPU")
     plan = AdvisorPlan(
         optimizers=("sgd", "momentum", "adam", "nlcg"), advise_seeds=2, seconds=180.0, seeds=3, epochs=20
