@@ -515,19 +515,30 @@ class EffectiveLRTracker:
         squares = torch._foreach_mul(before, before)
         along = torch._foreach_mul(moved, before)
         torch._foreach_mul_(moved, moved)
-        found = {}
-        for i, name in enumerate(names):
-            dim = self._dims[name]
-            old, inner, step = (_rows(x[i], dim).sum(1, dtype=torch.float32) for x in (squares, along, moved))
-            aside = (step - inner.square() / old).clamp(min=0)
-            squared = old + 2 * inner + step
-            found[name] = {
-                "norm": squared.sqrt(),
-                "eff_lr": self._rate(name) / squared.pow(self._power / 2),
-                "angle": torch.atan2((aside * old).sqrt(), old + inner),
-            }
+        # From here on all rows of all layers in one vector: many small operations would cost more than the sums.
+        dims = [self._dims[name] for name in names]
+        old, inner, step = (
+            torch.cat([_rows(x, dim).sum(1, dtype=torch.float32) for x, dim in zip(part, dims, strict=True)])
+            for part in (squares, along, moved)
+        )
+        aside = (step - inner.square() / old).clamp(min=0)
+        squared = old + 2 * inner + step
+        rows = [x.shape[dim] for x, dim in zip(now, dims, strict=True)]
+        found = {
+            "norm": squared.sqrt(),
+            "angle": torch.atan2((aside * old).sqrt(), old + inner),
+            "eff_lr": squared.pow(-self._power / 2),
+        }
         torch._foreach_copy_(before, now)
-        return found
+        parts = {what: torch.split(values, rows) for what, values in found.items()}
+        return {
+            name: {
+                "norm": parts["norm"][i],
+                "eff_lr": self._rate(name) * parts["eff_lr"][i],
+                "angle": parts["angle"][i],
+            }
+            for i, name in enumerate(names)
+        }
 
     def _rate(self, name: str) -> Any:
         group = self._group(name)
