@@ -285,6 +285,27 @@ def test_one_rate_and_whole_batches_in_a_stack():
     assert (stack.model(1)(inputs[1]) - model(inputs[1])).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": torch.zeros(6, 7)}, r"inputs must be of shape \[2, B, 7\], got \(6, 7\)"),
+        ({"inputs": torch.zeros(1, 6, 7)}, "inputs must be"),
+        ({"inputs": torch.zeros(2, 6, 8)}, "inputs must be"),
+        ({"inputs": torch.zeros(2, 0, 7)}, "inputs must be"),
+        ({"targets": torch.zeros(2, 5, dtype=torch.int64)}, r"targets must be of shape \[2, 6\]"),
+        ({"lr": torch.ones(3)}, r"lr must be of shape \[2\], got \(3,\)"),
+        ({"counts": torch.ones(1)}, "counts must be"),
+    ],
+)
+def test_a_step_of_other_shapes_is_refused(change, message):
+    stack = StackedMLP((7, 5, 4), (1, 2))
+    before = [weight.clone() for weight in stack.weights]
+    arguments = {"inputs": torch.zeros(2, 6, 7), "targets": torch.zeros(2, 6, dtype=torch.int64), "lr": 0.1, **change}
+    with pytest.raises(ValueError, match=message):
+        stack.step(**arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before, stack.weights))
+
+
 def test_a_run_that_diverges_leaves_the_others_alone():
     together, alone = (StackedMLP((6, 8, 3), seeds) for seeds in ((0, 1), (1,)))
     rates = torch.tensor([1e20, 0.1])

@@ -66,19 +66,33 @@ class StackedMLP:
     def step(self, inputs: Tensor, targets: Tensor, lr: float | Tensor, counts: Tensor | None = None) -> Tensor:
         """One step of SGD for every run; the mean losses before it, [R].
 
-        inputs: [R, B, F]. targets: [R, B], int64 classes. lr: the NTK learning rate, for all or [R]. counts: [R], how many
-        examples, from the first on, make the batch of each run; None: all B. Runs with different batch sizes can share a step
-        that way, at the cost of the largest.
+        inputs: [R, B, F]. targets: [R, B], int64 classes. lr: the NTK learning rate, a number for all or a tensor [R]. counts:
+        [R], from 1 to B: how many examples, from the first on, make the batch of each run; None: all B. Runs with different
+        batch sizes can share a step that way, at the cost of the largest. Raises ValueError for other shapes.
         """
+        runs, owner = self.runs, "StackedMLP.step"
+        fits = inputs.ndim == 3 and len(inputs) == runs and inputs.shape[1] >= 1 and inputs.shape[2] == self.sizes[0]
+        check(fits, owner, "inputs", tuple(inputs.shape), f"of shape [{runs}, B, {self.sizes[0]}]")
+        check(
+            targets.shape == inputs.shape[:2],
+            owner,
+            "targets",
+            tuple(targets.shape),
+            f"of shape {list(inputs.shape[:2])}",
+        )
+        for name, value in (("lr", lr), ("counts", counts)):
+            if isinstance(value, Tensor):
+                check(value.shape == (runs,), owner, name, tuple(value.shape), f"of shape [{runs}]")
         activations = self._forward(inputs)
         log_p = F.log_softmax(activations[-1], 2)
         weights = _example_weights(inputs, counts)
         losses = -(log_p.gather(2, targets[..., None])[..., 0] * weights).sum(1)
         delta = log_p.exp_()
-        delta.scatter_add_(2, targets[..., None], delta.new_tensor(-1.0).expand(*targets.shape, 1))
-        rates = torch.as_tensor(lr, dtype=delta.dtype, device=delta.device)
+        # No tensor is made of a number on the host here: on an accelerator every step would wait for it.
+        delta.scatter_add_(2, targets[..., None], delta.new_full((1, 1, 1), -1.0).expand(*targets.shape, 1))
+        rates = lr.to(delta)[:, None] if isinstance(lr, Tensor) else lr
         # Without momentum the learning rate goes into delta, and the update into the matrix product of the gradient.
-        delta *= (weights if self.momentum else weights * rates[..., None])[..., None]
+        delta *= (weights if self.momentum else weights * rates)[..., None]
         for layer in reversed(range(len(self.weights))):
             weight, scale, before = self.weights[layer], self._scales[layer], activations[layer]
             below = torch.bmm(delta, weight).mul_(scale).mul_(before > 0) if layer else delta
@@ -115,12 +129,12 @@ class StackedMLP:
             activations.append(out if layer == last else out.relu_())
         return activations
 
-    def _move(self, layer: int, delta: Tensor, before: Tensor, rates: Tensor) -> None:
+    def _move(self, layer: int, delta: Tensor, before: Tensor, rates: float | Tensor) -> None:
         velocities = self._velocity[layer], self._velocity[len(self.weights) + layer]
         velocities[0].baddbmm_(delta.mT, before, beta=self.momentum, alpha=self._scales[layer])
         velocities[1].mul_(self.momentum).add_(delta.sum(1, keepdim=True))
         for parameter, velocity in zip((self.weights[layer], self.biases[layer]), velocities, strict=True):
-            parameter -= velocity * rates.reshape(-1, 1, 1)
+            parameter -= velocity * (rates[..., None] if isinstance(rates, Tensor) else rates)
 
 
 def _example_weights(inputs: Tensor, counts: Tensor | None) -> Tensor:

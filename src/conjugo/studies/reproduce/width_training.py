@@ -261,7 +261,7 @@ def train(problem: Problem, conditions: Sequence[Condition], device: torch.devic
 
 def _accuracy(stack: StackedMLP, data: _Data, rows: Tensor, targets: Tensor) -> Tensor:
     """[R]."""
-    right = torch.zeros(stack.runs, device=rows.device, dtype=torch.float64)
+    right = torch.zeros(stack.runs, device=rows.device, dtype=torch.int64)
     for part, truth in zip(torch.split(rows, 1000, 1), torch.split(targets, 1000, 1), strict=True):
         right += (stack.logits(data.inputs[part]).argmax(2) == truth).sum(1)
-    return right / rows.shape[1]
+    return right.cpu().double() / rows.shape[1]
