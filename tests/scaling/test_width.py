@@ -379,8 +379,15 @@ def test_an_optimum_at_the_edge_is_flagged():
         assert found.at_edge
         assert found.edge_share > 0.9
         assert found.batch == pytest.approx(end)
+
+
+def test_a_best_batch_in_a_valley_is_no_optimum():
     valley = optimal_noise_scale(scan(bend=-0.002), BATCHES, **RUNS)
     assert valley.at_edge
+    rows = np.array([0.0, 10.0, 0.0, 10.1, 0.0, 10.0, 0.0])  # the five around the best bend upwards
+    found = optimal_noise_scale(np.stack([rows, rows], 1), BATCHES[:7], **RUNS)
+    assert found.at_edge
+    assert found.batch == pytest.approx(BATCHES[3])
 
 
 def test_runs_that_diverged_are_dropped():
