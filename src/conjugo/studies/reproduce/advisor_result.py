@@ -96,8 +96,8 @@ def _median(values: Sequence[float]) -> float | None:
     return stats.median(values) if values else None
 
 
-# The naive rules: factors of learning rate and steps at a batch, over those at the anchor. Steps fall as the learning rate grows,
-# as whoever scales it hopes; with Adam its square root grows with the noise scale's law.
+# The naive rules: factors of learning rate and steps at a batch, over those at the anchor. Steps fall as the learning rate
+# grows, as whoever scales it hopes; by the noise scale Adam's learning rate grows as the square root of what steps fall by.
 
 
 def _linear(prediction: Prediction, batch: int) -> tuple[float, float]:
