@@ -23,14 +23,18 @@ from conjugo.errors import check, unknown
 from conjugo.scaling.forecast import StepsForecast
 from conjugo.scaling.noise_scale import LossFn, NoiseScale, gradient_noise_scale
 from conjugo.studies.advice import Advice, Probe, lr_power
-from conjugo.studies.probes import Clock, Examples, MakeOptimizer, Problem, Raced, Run, race
-from conjugo.studies.throughput import measure_memory, measure_step_time
+from conjugo.studies.probes import JUDGED, Clock, Examples, MakeOptimizer, Problem, Raced, Run, race
+from conjugo.studies.throughput import StepTime, measure_memory, measure_step_time
 from conjugo.training import optimizers
 
 __all__ = ["Advice", "Mode", "advise"]
 
 Mode: TypeAlias = Literal["fast", "branch"]
 
+FEW = 256
+"""Examples that runs are judged by at least."""
+PRODUCTS = 15
+"""Of the Hessian with a vector, for its largest eigenvalue."""
 WINDOWS = 8
 """Places along a run at which its noise is measured."""
 APART = 8
@@ -201,15 +205,15 @@ class _Advisor:
         self.say = say
         self.warnings: list[str] = []
         self.largest = problem.examples.n
+        self.affordable = math.inf
 
     def run(
         self, target: float | None, mode: Mode, efficiency: float, world_size: int, all_reduce: float | None
     ) -> Advice:
         problem = self.problem
-        begin = problem.loss(problem.model)
-        check(math.isfinite(begin), "advise", "the loss of the model", begin, "finite")
-        check(target is None or target < begin, "advise", "target_loss", target, f"below {begin:.4g}, where it begins")
         self.say("step time and memory")
+        problem.judge_by(FEW)
+        check(math.isfinite(problem.begin), "advise", "the loss of the model", problem.begin, "finite")
         memory = measure_memory(problem, lr=1e-8)
         if problem.micro_batch is None and memory.largest is not None and memory.largest < self.largest:
             check(memory.largest >= 1, "advise", "the memory", memory.available, f"at least {memory.fixed} bytes")
@@ -218,8 +222,11 @@ class _Advisor:
         step_time = measure_step_time(problem, sizes, lr=1e-8, clock=self.clock.share(0.1))
         if step_time is None:
             raise MemoryError(f"advise: there is no memory for a batch of {sizes[0]} examples")
+        self._budget(step_time)
+        begin = problem.begin
+        check(target is None or target < begin, "advise", "target_loss", target, f"below {begin:.4g}, where it begins")
         self.say("noise and curvature at the beginning")
-        noise = self._noise(problem.model, None)
+        noise = self._noise(problem.model, None, share=0.03)
         curvature = self._curvature()
         batch = self._first_batch(noise)
         probes: list[Probe] = []
@@ -270,39 +277,63 @@ class _Advisor:
             warnings=tuple(self.warnings),
         )
 
+    def _budget(self, step_time: StepTime) -> None:
+        """How many examples can be afforded, and what follows: by how many runs are judged, and how often."""
+        problem = self.problem
+        if math.isfinite(self.clock.most):  # the same each time
+            self.affordable = self.clock.most
+            problem.judge_by(min(JUDGED, max(FEW, int(self.affordable / 100))))
+            return
+        self.affordable = max(1024.0, self.clock.left / (step_time.seconds(64) / 64))
+        problem.judge_by(min(JUDGED, max(FEW, 2 ** int(math.log2(self.affordable / 100)))))
+        look = step_time.seconds(len(problem.judged)) / 3  # forward only
+        problem.gap = lambda batch: max(1, round(look / step_time.seconds(batch)))
+
     # Measurements ------------------------------------------------------------------------------------------------------
 
-    def _noise(self, model: nn.Module, optimizer: Optimizer | None, *, seed: int | None = None) -> NoiseScale:
+    def _noise(
+        self, model: nn.Module, optimizer: Optimizer | None, *, share: float, seed: int | None = None
+    ) -> NoiseScale:
+        """With at most *share* of the examples that can be afforded."""
         problem = self.problem
         n = problem.examples.n
         normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
         size = 32 if normalised else 8
         size = min(size, problem.micro_batch or size, max(1, n // 16))
-        rows = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed if seed is None else seed))[:16384]
+        most = min(16384, max(8 * size, int(share * self.affordable)))
+        rows = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed if seed is None else seed))[:most]
         batches = _Batches(problem.examples, rows, max(size, 256 // size * size))
         found = gradient_noise_scale(
-            model, problem.loss_fn, batches, micro_batch=size, optimizer=optimizer, seed=self.seed, population=n
+            model,
+            problem.loss_fn,
+            batches,
+            micro_batch=size,
+            max_examples=most,
+            optimizer=optimizer,
+            seed=self.seed,
+            population=n,
         )
         self.clock.examples += found.examples
         return found
 
     def _curvature(self) -> float | None:
-        """The largest eigenvalue of the Hessian over at most 1,024 examples, by 15 products; None: there is none above 0."""
+        """The largest eigenvalue of the Hessian over at most 1,024 examples, by a few products; None: there is none above 0."""
         from conjugo.curvature import eigsh, hessian
 
         problem = self.problem
-        rows = problem.judged[: min(1024, problem.micro_batch or 1024)]
+        most = max(32, int(0.1 * self.affordable / (4 * PRODUCTS)))
+        rows = problem.judged[: min(1024, problem.micro_batch or 1024, most)]
         try:
             op = hessian(
                 problem.model, problem.loss_fn, [problem.examples.take(rows)], method="autograd", seed=self.seed
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                pairs = eigsh(op, 1, tol=0.02, max_matvec=15, seed=self.seed, verify=False)
+                pairs = eigsh(op, 1, tol=0.02, max_matvec=PRODUCTS, seed=self.seed, verify=False)
         except (RuntimeError, ValueError, FloatingPointError, NotImplementedError) as error:
             self.warnings.append(f"the curvature could not be measured: {str(error).splitlines()[0]}")
             return None
-        self.clock.examples += 3 * 15 * len(rows)
+        self.clock.examples += 3 * PRODUCTS * len(rows)
         value = float(pairs.values[0])
         return value if value > 0 else None
 
@@ -310,7 +341,8 @@ class _Advisor:
         """A power of 2 at about three times the noise scale, with room on both sides."""
         wanted = 2 ** round(math.log2(max(8.0, 3 * noise.b_simple)))
         most = 2 ** int(math.log2(max(2, self.largest / 4)))
-        return int(min(wanted, most))
+        affordable = 2 ** int(math.log2(max(16, self.affordable / 300)))
+        return int(min(wanted, most, affordable))
 
     def _first_lrs(self, curvature: float | None, noise: NoiseScale, batch: int) -> list[float]:
         """Where to look for the best learning rate."""
@@ -372,7 +404,7 @@ class _Advisor:
             run.advance(step, goal)
             if run.failed or run.loss <= goal or run.problem.clock.over:
                 return
-            along.append(self._noise(run.model, run.optimizer, seed=self.seed + k))
+            along.append(self._noise(run.model, run.optimizer, share=0.15 / WINDOWS, seed=self.seed + k))
 
     def _expected(self, along: Sequence[NoiseScale]) -> float:
         """What the critical batch is expected to be: the mean noise scale of a run, in the metric of its optimizer."""

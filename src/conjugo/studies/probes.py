@@ -30,7 +30,7 @@ MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
 """make(parameters, lr)."""
 
 JUDGED = 4096
-"""Examples at most, chosen once, over which the loss of a probe is taken."""
+"""Examples at most, the same ones always, over which the loss of a probe is taken."""
 EVERY = 1.02
 """The loss is taken each time the steps have grown by this factor."""
 ROOT2 = math.sqrt(2)
@@ -51,13 +51,23 @@ class Clock:
         return time.monotonic() - self._begin
 
     @property
+    def most(self) -> float:
+        """Examples; infinite: no limit."""
+        return self._most
+
+    @property
     def over(self) -> bool:
         """Whether seconds or examples are used up."""
         return self.examples >= self._most or time.monotonic() >= self._end
 
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
     def share(self, fraction: float) -> Clock:
         """A clock of *fraction* of what is left here, which counts examples of its own."""
-        return Clock((self._end - time.monotonic()) * fraction, (self._most - self.examples) * fraction)
+        return Clock(self.left * fraction, (self._most - self.examples) * fraction)
 
 
 class Examples:
@@ -139,7 +149,8 @@ def _joined(data: Iterable[Any], most: int) -> tuple[Any, Any]:
 class Problem:
     """What is trained. The model is never changed: every run has a copy.
 
-    micro_batch: most examples that go through the model at once.
+    micro_batch: most examples that go through the model at once. judged: the examples that runs are judged by. gap: from the
+    size of a batch, how many steps there are at least between two looks at their loss.
     """
 
     model: nn.Module
@@ -150,11 +161,23 @@ class Problem:
     micro_batch: int | None = None
     clock: Clock = field(default_factory=Clock)
     judged: Tensor = field(init=False)
+    gap: Callable[[int], int] = lambda batch: 1
 
     def __post_init__(self) -> None:
-        """Choose the examples that runs are judged by."""
-        n = self.examples.n
-        self.judged = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:JUDGED]
+        """Be judged by as many examples as pay where time does not matter."""
+        self.judge_by(JUDGED)
+
+    def judge_by(self, count: int) -> None:
+        """Judge by *count* examples, or all if there are fewer."""
+        self.judged = torch.randperm(self.examples.n, generator=torch.Generator().manual_seed(0))[:count]
+        self._begin: float | None = None
+
+    @property
+    def begin(self) -> float:
+        """The loss of the model as it is."""
+        if self._begin is None:
+            self._begin = self.loss(self.model)
+        return self._begin
 
     def parts(self, rows: Tensor) -> Sequence[Tensor]:
         """*rows*, cut into micro-batches."""
@@ -186,7 +209,7 @@ class Run:
         self._sampler = GlobalBatchSampler(problem.examples.n, batch, seed=seed)
         self.step = 0
         self._next = 1.0
-        self.curve: list[tuple[int, float]] = [(0, problem.loss(self.model))]
+        self.curve: list[tuple[int, float]] = [(0, problem.begin)]
         self.failed = False
 
     @property
@@ -225,7 +248,7 @@ class Run:
         loss = self.problem.loss(self.model)
         self.failed = not math.isfinite(loss) or loss > 100 * abs(self.curve[0][1]) + 1
         self.curve.append((self.step, loss if math.isfinite(loss) else math.inf))
-        self._next = max(self.step + 1, self.step * EVERY)
+        self._next = max(self.step + self.problem.gap(self.batch), self.step * EVERY)
 
     def release(self) -> None:
         """Give the memory back; the curve stays."""

@@ -55,11 +55,11 @@ class Memory:
 def measure_step_time(problem: Problem, sizes: Sequence[int], *, lr: float, clock: Clock) -> StepTime | None:
     """Time steps at *sizes*, ascending, and fit a line; stops at the first size for which there is no memory (None: the first).
 
-    Medians of up to 7 steps after a first one that does not count.
+    Medians of up to 7 steps after a first one that does not count. At least two sizes are measured, others while there is time.
     """
     measured: list[tuple[int, float]] = []
     for size in sizes:
-        if measured and clock.over:
+        if len(measured) > 1 and 4 * measured[-1][1] * size / measured[-1][0] > clock.left:
             break
         try:
             run = Run(replace(problem, clock=Clock()), lr, size)
