@@ -8,7 +8,9 @@ SGD changes with the width of a network.
 
 from conjugo.optim.schedules import scale_lr
 from conjugo.scaling import bngd, width
+from conjugo.scaling.batch_schedule import MeasuredBatchSize
 from conjugo.scaling.bn_layers import EffectiveLRTracker, LayerCondition, effective_condition, scale_invariant_groups
+from conjugo.scaling.forecast import StepsForecast
 from conjugo.scaling.laws import (
     CriticalBatch,
     Interval,
@@ -30,9 +32,11 @@ __all__ = [
     "EffectiveLRTracker",
     "Interval",
     "LayerCondition",
+    "MeasuredBatchSize",
     "MicroBatchNorms",
     "NoiseScale",
     "NoiseScaleMonitor",
+    "StepsForecast",
     "adascale_gain",
     "attach",
     "bngd",
