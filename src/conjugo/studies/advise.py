@@ -178,7 +178,7 @@ def _like(given: Optimizer, params: Sequence[nn.Parameter]) -> MakeOptimizer:
             }
             for group in given.param_groups
         ]
-        state = given.state_dict()
+        state = copy.deepcopy(given.state_dict())  # loading would share its tensors
         try:
             made = type(given)(groups)  # type: ignore[arg-type,call-arg]
             made.load_state_dict(state)

@@ -1,0 +1,372 @@
+"""The advice: it disturbs nothing, is the same again, follows units, and says what can be checked."""
+
+import copy
+import json
+import math
+import random
+import shlex
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from conjugo.cli.train import Arguments
+from conjugo.optim import NLCG
+from conjugo.scaling.laws import optimal_lr
+from conjugo.studies import advice_plots, advise
+from conjugo.studies.advice import duration, lr_power, size
+
+LIMIT = {"seconds": 600.0, "max_examples": 60_000}
+
+
+def data(n=512, d=8):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n, d, generator=generator)
+    return inputs, ((inputs * torch.linspace(0.2, 1, d)).sum(1) > 0).long()
+
+
+def network(seed=0, extra=()):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), *extra, nn.Tanh(), nn.Linear(16, 2))
+
+
+@pytest.fixture(scope="module")
+def advice():
+    return advise(network(), F.cross_entropy, data(), "sgd", target_loss=0.3, world_size=2, all_reduce=1e-3, **LIMIT)
+
+
+# It disturbs nothing ----------------------------------------------------------------------------------------------------
+
+
+def everything(model, optimizer):
+    tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters())]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return (
+        [tensor.clone() for tensor in tensors],
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state()[1].copy(),  # noqa: NPY002
+    )
+
+
+def same(before, after):
+    return (
+        all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+        and torch.equal(before[1], after[1])
+        and before[2] == after[2]
+        and (before[3] == after[3]).all()
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.Adam(p, lr=0.01), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)]
+)
+@pytest.mark.parametrize("breaks", [False, True])
+def test_model_gradients_optimizer_and_random_numbers_stay_as_they_were(make, breaks):
+    model = network(extra=(nn.BatchNorm1d(16), nn.Dropout(0.1)))
+    optimizer = make(model.parameters())
+    inputs, targets = data()
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs[:64]), targets[:64]).backward()
+        optimizer.step()
+    calls = 0
+
+    def loss_fn(outputs, wanted):
+        nonlocal calls
+        calls += 1
+        if breaks and calls > 100:
+            raise ZeroDivisionError
+        return F.cross_entropy(outputs, wanted)
+
+    before = everything(model, optimizer)
+    groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+    call = lambda: advise(model, loss_fn, (inputs, targets), optimizer, **{**LIMIT, "max_examples": 20_000})  # noqa: E731
+    if breaks:
+        with pytest.raises(ZeroDivisionError):
+            call()
+    else:
+        call()
+    assert same(before, everything(model, optimizer))
+    assert groups == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    assert model.training
+
+
+def test_a_given_optimizer_is_gone_on_with():
+    """Adam whose state knows the gradients already takes other steps than a fresh one; ratios of learning rates are kept."""
+    model = network()
+    optimizer = torch.optim.Adam(
+        [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.01}]
+    )
+    made = []
+    original = torch.optim.Adam.load_state_dict
+
+    def spy(self, state):
+        made.append(self)
+        return original(self, state)
+
+    inputs, targets = data()
+    F.cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+    torch.optim.Adam.load_state_dict = spy
+    try:
+        advise(model, F.cross_entropy, (inputs, targets), optimizer, mode="fast", **{**LIMIT, "max_examples": 5000})
+    finally:
+        torch.optim.Adam.load_state_dict = original
+    assert made
+    assert all(float(o.param_groups[0]["lr"]) == pytest.approx(10 * float(o.param_groups[1]["lr"])) for o in made)
+    own = {id(p) for p in model.parameters()}
+    assert not any(id(p) in own for o in made for g in o.param_groups for p in g["params"])
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    other = torch.optim.SGD(network(1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="one of the model's parameters"):
+        advise(network(), F.cross_entropy, data(), other, **LIMIT)
+
+
+# It is the same again ---------------------------------------------------------------------------------------------------
+
+TIMED = ("seconds", "step_time", "memory", "fastest_batch", "recommended_batch", "rows")
+
+
+def untimed(advice):
+    return {name: value for name, value in advice.to_dict().items() if name not in TIMED}
+
+
+def test_equal_seeds_give_equal_advice_and_others_do_not(advice):
+    again = advise(network(), F.cross_entropy, data(), "sgd", target_loss=0.3, world_size=2, all_reduce=1e-3, **LIMIT)
+    assert untimed(again) == untimed(advice)
+    other = advise(network(), F.cross_entropy, data(), "sgd", target_loss=0.3, seed=5, **LIMIT)
+    assert untimed(other)["probes"] != untimed(advice)["probes"]
+
+
+def test_all_forms_of_data_and_of_optimizers_give_the_same(advice):
+    dataset = TensorDataset(*data())
+    loader = DataLoader(dataset, batch_size=32, shuffle=True)
+    found = advise(
+        network(),
+        F.cross_entropy,
+        loader,
+        lambda params, lr: torch.optim.SGD(params, lr=lr),
+        target_loss=0.3,
+        world_size=2,
+        all_reduce=1e-3,
+        **LIMIT,
+    )
+    assert found.critical_batch == pytest.approx(advice.critical_batch, rel=1e-3)
+
+
+def test_the_unit_of_the_loss_goes_into_the_learning_rate_only(advice):
+    k = 8.0  # a power of two: rounding stays the same
+    found = advise(
+        network(),
+        lambda outputs, targets: k * F.cross_entropy(outputs, targets),
+        data(),
+        "sgd",
+        target_loss=0.3 * k,
+        **LIMIT,
+    )
+    assert found.critical_batch == pytest.approx(advice.critical_batch, rel=1e-6)
+    assert found.noise_scale.b_simple == pytest.approx(advice.noise_scale.b_simple, rel=1e-6)
+    assert found.lambda_max == pytest.approx(advice.lambda_max * k, rel=1e-6)
+    for batch in (4, 64, 512):
+        assert found.lr(batch) == pytest.approx(advice.lr(batch) / k, rel=1e-6)
+        assert found.steps(batch).value == pytest.approx(advice.steps(batch).value, rel=1e-6)
+
+
+# What it says holds -----------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_those_that_runs_take(advice):
+    """Trained by hand, without anything of ours."""
+    inputs, targets = data()
+    for batch in (16, 128, 512):
+        taken = []
+        for seed in range(6):
+            model = network()
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.empty(0, dtype=torch.long)
+            optimizer = torch.optim.SGD(model.parameters(), lr=advice.lr(batch))
+            step, loss = 0, math.inf
+            while loss > 0.3:
+                step += 1
+                if len(order) < batch:
+                    order = torch.randperm(len(inputs), generator=generator)
+                rows, order = order[:batch], order[batch:]
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs[rows]), targets[rows]).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    loss = float(F.cross_entropy(model(inputs), targets))
+            taken.append(step)
+        low, high = advice.steps(batch)[1:]
+        assert low - 1 <= np.mean(taken) <= high + 1
+
+
+def test_laws_between_and_beyond_the_probes(advice):
+    batches = [2.0**k for k in range(1, 12)]
+    steps = [advice.steps(b).value for b in batches]
+    assert all(a > b for a, b in pairwise(steps))
+    assert steps[0] / steps[1] > 1.7  # in proportion where batches are small
+    assert steps[-2] / steps[-1] < 1.3
+    lrs = [advice.lr(b) for b in batches]
+    assert lrs[0] < lrs[4]
+    b_crit = advice.critical_batch.value
+    far = advice.lr(1) / advice.lr(2)
+    assert far == pytest.approx(optimal_lr(1, 1, b_crit) / optimal_lr(2, 1, b_crit), rel=0.15)
+    failed = [lr for probe in advice.probes for lr in probe.race.failed]
+    assert not failed or max(lrs) < max(failed)
+
+
+def test_batches_that_are_advised(advice):
+    b_crit = advice.critical_batch.value
+    assert advice.useful_batch == round(b_crit)
+    assert advice.recommended_batch <= advice.max_batch
+    assert 2 ** int(math.log2(advice.recommended_batch)) == advice.recommended_batch
+    grid = range(2, advice.max_batch + 1)
+    fastest = min(grid, key=lambda batch: advice.seconds_to_target(batch))
+    if 4 < advice.fastest_batch < advice.max_batch:
+        # The law has no departure from the hyperbola: near enough in time, if not in size.
+        assert advice.seconds_to_target(advice.fastest_batch) <= 1.1 * advice.seconds_to_target(fastest)
+    base = advice.seconds_to_target(8, world_size=1)
+    assert advice.speedup(64, 8) == pytest.approx(base / advice.seconds_to_target(64))
+    step = advice.step_time
+    two = step.seconds(64, workers=2, all_reduce=1e-3)
+    assert two == pytest.approx(step.fixed + step.per_example * 32 + 1e-3)
+
+
+@pytest.mark.parametrize("name", ["adam", "nlcg", "momentum"])
+def test_other_optimizers(name):
+    found = advise(network(), F.cross_entropy, data(), name, target_loss=0.3, **LIMIT)
+    assert found.reached
+    assert len(found.probes) == 3
+    assert found.noise_along[0].metric == {"adam": "adamw", "nlcg": "nlcg", "momentum": "euclidean"}[name]
+    assert found.steps(8).value > found.steps(64).value
+
+
+def test_fast_mode_tries_one_batch_and_is_less_sure():
+    limited = advise(network(), F.cross_entropy, data(), "sgd", target_loss=0.3, mode="fast", **LIMIT)
+    assert len(limited.probes) == 1
+    assert limited.critical_batch.value == pytest.approx(limited.expected_batch, rel=0.01)
+    assert limited.critical_batch.high / limited.critical_batch.low == pytest.approx(2.5**2, rel=0.05)
+
+
+def test_a_target_out_of_reach_is_told():
+    found = advise(network(), F.cross_entropy, data(), "sgd", target_loss=1e-9, **{**LIMIT, "max_examples": 8000})
+    assert not found.reached
+    assert found.target_loss > 1e-9
+    assert any("was not reached" in warning for warning in found.warnings)
+    assert "Note: the target 1e-09 was not reached" in str(found)
+
+
+def test_batch_norm_is_told():
+    model = network(extra=(nn.BatchNorm1d(16),))
+    found = advise(model, F.cross_entropy, data(), "sgd", target_loss=0.3, mode="fast", **LIMIT)
+    assert any("batch norm" in warning for warning in found.warnings)
+    assert found.noise_scale.micro_batch > 1
+
+
+# What is shown ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_is_one_that_conjugo_train_accepts(advice):
+    import tyro
+
+    words = shlex.split(advice.command({"data": "digits", "model": "mlp"}))
+    assert words[:2] == ["conjugo", "train"]
+    read = tyro.cli(Arguments, args=words[2:])
+    assert read.train.batch_size == advice.recommended_batch
+    assert read.train.lr == pytest.approx(advice.lr(advice.recommended_batch), rel=0.01)
+    assert read.train.steps == math.ceil(advice.steps(advice.recommended_batch).value)
+    assert (read.train.optimizer, read.train.schedule, read.train.warmup, read.workers) == ("sgd", "constant", 0, 2)
+
+
+def test_table_sentences_numbers_and_picture(advice, tmp_path):
+    text = str(advice)
+    assert f"Take batches of {advice.recommended_batch:,}" in text
+    assert "95 %" in text
+    advice.save(tmp_path / "advice.json")
+    saved = json.loads((tmp_path / "advice.json").read_text())
+    assert saved == json.loads(json.dumps(advice.to_dict()))
+    assert [row["batch"] for row in saved["rows"]] == advice.batches()
+    assert advice.batches()[-1] == advice.max_batch
+    figure = advice_plots.steps_and_time(advice)
+    assert len(figure.axes) == 2
+
+
+def test_units():
+    assert (duration(0.5), duration(200), duration(7200)) == ("500 ms", "3.33 min", "2 h")
+    assert (size(0), size(3 * 2**30)) == ("0 B", "3.0 GiB")
+    assert (lr_power("sgd"), lr_power("adam"), lr_power("nlcg-pr")) == (1, 0.5, 0.75)
+
+
+# Bad input --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "branhc"}, "did you mean 'branch'"),
+        ({"seconds": 0}, "seconds must be > 0"),
+        ({"max_examples": 0}, "max_examples must be > 0"),
+        ({"efficiency": 1.0}, r"efficiency must be in \(0, 1\)"),
+        ({"target_loss": math.nan}, "target_loss must be finite"),
+        ({"target_loss": 99.0}, "target_loss must be below"),
+        ({"world_size": 0}, "world_size must be >= 1"),
+        ({"micro_batch": 0}, "micro_batch must be >= 1"),
+        ({"all_reduce": -1.0}, "all_reduce must be"),
+        ({"max_batch": 513}, r"max_batch must be in \[2, 512\]"),
+        ({"optimizer": "sdg"}, "did you mean 'sgd'"),
+        ({"optimizer": 3}, "optimizer must be a name"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"optimizer": "sgd", **LIMIT, **change}
+    with pytest.raises(ValueError, match=message):
+        advise(network(), F.cross_entropy, data(), **arguments)
+
+
+def test_models_and_losses_that_cannot_be_are_named():
+    frozen = network().requires_grad_(False)
+    with pytest.raises(ValueError, match="number of trainable parameters"):
+        advise(frozen, F.cross_entropy, data(), **LIMIT)
+    with pytest.raises(ValueError, match="the loss"):
+        advise(network(), lambda o, t: F.cross_entropy(o, t) * math.nan, data(), **LIMIT)
+    with pytest.raises(ValueError, match="no learning rate brings the loss down"):
+        advise(network(), lambda o, t: 0 * F.cross_entropy(o, t) + 1, data(), **{**LIMIT, "max_examples": 5000})
+
+
+def test_a_batch_below_one_is_refused(advice):
+    with pytest.raises(ValueError, match="batch must be in"):
+        advice.steps(0)
+    with pytest.raises(ValueError, match="batch must be in"):
+        advice.lr(0.5)
+
+
+def test_an_optimizer_that_cannot_be_made_again_is_told():
+    class Strange(torch.optim.SGD):
+        def __init__(self, params, secret, **options):
+            super().__init__(params, lr=0.1)
+
+    model = network()
+    with pytest.raises(ValueError, match=r"Strange cannot be made anew .*pass a function of \(parameters, lr\)"):
+        advise(model, F.cross_entropy, data(), Strange(model.parameters(), 1), **LIMIT)
+
+
+def test_nlcg_goes_on_with_its_state():
+    model = network()
+    inputs, targets = data()
+    nlcg = NLCG(model.parameters(), lr=0.1)
+    for _ in range(3):
+        nlcg.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        nlcg.step()
+    found = advise(model, F.cross_entropy, (inputs, targets), nlcg, target_loss=0.3, mode="fast", **LIMIT)
+    assert found.reached
+    assert found.noise_along[0].metric == "nlcg"
