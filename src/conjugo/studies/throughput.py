@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -62,7 +62,7 @@ def measure_step_time(problem: Problem, sizes: Sequence[int], *, lr: float, cloc
         if len(measured) > 1 and 4 * measured[-1][1] * size / measured[-1][0] > clock.left:
             break
         try:
-            run = Run(replace(problem, clock=Clock()), lr, size)
+            run = Run(problem, lr, size)
             run._train()
             times = []
             for _ in range(7):
