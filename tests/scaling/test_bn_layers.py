@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from conjugo.curvature import from_dense
 from conjugo.errors import UnknownName
 from conjugo.optim import LARS
 from conjugo.scaling import EffectiveLRTracker, bn_layers, effective_condition, scale_invariant_groups
@@ -93,6 +94,19 @@ def test_without_a_gradient_nothing_is_found():
     model, data, _ = least_squares()
     assert scale_invariant_groups(model, half_mse, data) == []
     assert scale_invariant_groups(nn.Linear(4, 2), F.mse_loss, (torch.randn(9, 4), torch.randn(9, 2))) == []
+    model = convolutional()
+    nn.init.zeros_(model[9].weight)
+    assert "0.weight" not in [group.name for group in scale_invariant_groups(model, F.cross_entropy, IMAGES)]
+
+
+def test_an_orthogonal_gradient_at_one_length_is_not_enough():
+    x, y = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 1, dtype=torch.float64)
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight *= (model(x) * y).mean() / model(x).square().mean()  # the best length
+    F.mse_loss(model(x), y).backward()
+    assert float((model.weight * model.weight.grad).sum().abs()) < 1e-12
+    assert scale_invariant_groups(model, F.mse_loss, (x, y)) == []
 
 
 # ---- conditioning ----
@@ -169,6 +183,15 @@ def test_a_larger_layer_by_lanczos(monkeypatch):
         assert found.raw_quantiles[q] == pytest.approx(whole.raw_quantiles[q], rel=0.6, abs=1e-4)
     assert whole.lam_min_pos > 0
     assert bool((whole.eigenvalues > -1e-12).all())
+
+
+def test_quantiles_leave_out_the_zeros_of_the_rows():
+    values = torch.cat([torch.zeros(40), torch.linspace(1, 2, 160)]).double()
+    found = bn_layers._estimated(from_dense(torch.diag(values)), 3, 120, 0, 40)
+    assert found.values.tolist() == pytest.approx(values[-3:].flip(0).tolist(), rel=1e-5)
+    assert found.quantiles[0.1] == pytest.approx(1.1, rel=0.03)
+    assert found.quantiles[0.5] == pytest.approx(1.5, rel=0.03)
+    assert bn_layers._quantile(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3), 0.5) == 2.0
 
 
 @pytest.mark.parametrize(
