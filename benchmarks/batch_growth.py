@@ -1,4 +1,4 @@
-"""What a batch that grows gains: fixed small and large batches, a preset schedule, and one that follows the measured noise scale.
+"""What a batch that grows gains: fixed small and large batches, a preset schedule, one by the measured noise scale.
 
 Each way has the learning rate tuned with the same runs, then fresh seeds. Time is processor time on one thread, with all that
 measuring costs.

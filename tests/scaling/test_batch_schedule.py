@@ -12,7 +12,7 @@ from conjugo.scaling import MeasuredBatchSize, NoiseScaleMonitor
 def feed(monitor, b_simple, *, spread=0.02, steps=100):
     """Measurements of a noise scale, from batches of 64 in parts of 16."""
     for i in range(steps):
-        trace, norm2 = b_simple * (1 + spread * (-1) ** i), 1.0
+        trace, norm2 = b_simple * (1 + spread * (-1) ** (i // 5)), 1.0
         monitor.update(norm2 + trace / 16, norm2 + trace / 64, 16, 64)
 
 

@@ -43,6 +43,28 @@ def test_a_run_without_spectra_has_a_page_without_them(tmp_path):
     assert "Nothing is evaluated yet" in run_report.page(tmp_path)
 
 
+def test_the_noise_scale_and_the_batch_have_a_picture(tmp_path):
+    growing = replace(CONFIG, steps=None, epochs=4.0, lr=0.02, noise_scale=1, batch_growth=1.0, optimizer="nlcg")
+    train(growing, data=table(), out=tmp_path)
+    page = Page(run_report.page(tmp_path))
+    assert len(page.named("figure")) == 3
+    words = "".join(page.text)
+    assert all(name in words for name in ("Gradient noise scale.", "in the optimizer's metric", "batch"))
+
+
+def test_of_a_hidden_gradient_the_lower_end_is_shown():
+    known = {"noise_scale": 20.0, "noise_scale_low": 10.0, "noise_scale_high": 40.0}
+    hidden = {"noise_scale": None, "noise_scale_low": 64.0, "noise_scale_high": None}
+    nothing = {"noise_scale": None, "noise_scale_low": None, "noise_scale_high": None}
+    history = [{"step": i, "batch_size": 16, **found} for i, found in enumerate((nothing, known, hidden))]
+    (axes,) = run_report.noise_scale(history).axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["noise scale"].get_ydata()[1] == 20
+    (arrows,) = [line for line in axes.get_lines() if line.get_linestyle() == "None"]
+    assert arrows.get_ydata()[2] == 64
+    assert len(axes.collections) == 1
+
+
 def test_the_command_writes_it(folder, capsys):
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").read_text() == run_report.page(folder)

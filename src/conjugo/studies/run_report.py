@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from conjugo.training.metrics import Record
     from conjugo.training.spectrum import Spectrum
 
-__all__ = ["is_run", "page", "write"]
+__all__ = ["is_run", "noise_scale", "page", "write"]
 
 
 def is_run(folder: Path) -> bool:
@@ -77,6 +77,13 @@ def _training(history: Sequence[Record]) -> str:
             _losses(history), "loss", "Loss.", "", label="Losses on training and test examples against steps"
         ),
     ]
+    if any(record.get("noise_scale_low") is not None for record in history):
+        title, note = (
+            "Gradient noise scale.",
+            "Band: 95 % interval; below the lower end of it a larger batch pays well.",
+        )
+        label = "The gradient noise scale, with its interval, and the batch size against steps"
+        figures.append(elements.figure(noise_scale(history), "noise-scale", title, note, label=label))
     return elements.section("Training", elements.grid(figures))
 
 
@@ -95,6 +102,41 @@ def _losses(history: Sequence[Record]) -> Figure:
             axes.plot([r["step"] for r in history], values, color=COLORS[color], marker=marker, label=label)
         axes.set_xlabel("steps")
         axes.set_ylabel("mean loss")
+        axes.legend(frameon=False, fontsize=9)
+        return figure_of(axes)
+
+
+def noise_scale(history: Sequence[Record]) -> Figure:
+    """B_simple with its interval, in the metric of the optimizer too where that was measured, and the batch, against steps."""
+    steps = [record["step"] for record in history]
+
+    def values(name: str, absent: float = math.nan) -> list[float]:
+        return [absent if record.get(name) is None else record[name] for record in history]
+
+    with new_axes(SMALL) as axes:
+        series = [
+            ("noise_scale", "noise scale", 1, "o"),
+            ("noise_scale_optimizer", "in the optimizer's metric", 2, "^"),
+        ]
+        for name, label, color, marker in series:
+            if all(math.isnan(low) for low in values(f"{name}_low")):
+                continue
+            axes.plot(steps, values(name), color=COLORS[color], marker=marker, label=label)
+            known = [(s, low, high) for s, low, high in zip(steps, values(f"{name}_low"), values(f"{name}_high"))]
+            known = [(s, low, high) for s, low, high in known if not math.isnan(low + high)]
+            if known and name == "noise_scale":
+                at, low, high = zip(*known)
+                axes.fill_between(at, low, high, color=COLORS[color], alpha=0.2, linewidth=0)
+            # Where only the lower end is known.
+            bounds = [b if math.isnan(v) else math.nan for v, b in zip(values(name), values(f"{name}_low"))]
+            axes.plot(steps, bounds, color=COLORS[color], linestyle="none", marker=r"$\uparrow$")
+        axes.step(steps, values("batch_size"), where="pre", color=COLORS[0], linestyle="--", label="batch")
+        axes.set_yscale("log", base=2)
+        shown = [v for name in ("noise_scale", "noise_scale_low", "batch_size") for v in values(name) if v > 0]
+        axes.set_ylim(min(values("batch_size")) / 8, 16 * max(shown))  # intervals may be very wide
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        axes.set_xlabel("steps")
+        axes.set_ylabel("examples")
         axes.legend(frameon=False, fontsize=9)
         return figure_of(axes)
 
