@@ -50,9 +50,9 @@ class AdvisorPlan:
     advise_seeds: int = 3
     seconds: float = 60.0
     mode: Literal["fast", "branch"] = "branch"
-    tuning_seeds: int = 2
-    seeds: int = 4
-    paired: int = 2
+    tuning_seeds: int = 3
+    seeds: int = 6
+    paired: int = 3
     epochs: int = 30
 
     def __post_init__(self) -> None:

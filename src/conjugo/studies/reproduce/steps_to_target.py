@@ -63,6 +63,9 @@ _HOPELESS = 1e3
 _AT_ONCE = 4096
 """Examples in one pass when the loss over all of them is taken."""
 
+_WORSE = 2.0
+"""A learning rate with which a run needs so many times the steps of the best one so far, in the mean, is given up."""
+
 _FARTHEST = 20
 """Half octaves from the first guess at which the search for a learning rate that reaches the target is given up."""
 
@@ -148,10 +151,10 @@ class Sweep:
     optimizer: str
     batch_size: int
     limit: int
-    tuning_seeds: int = 2
-    seeds: int = 4
+    tuning_seeds: int = 3
+    seeds: int = 6
     advised: tuple[float, ...] = ()
-    paired: int = 2
+    paired: int = 3
     start: float | None = None
 
     @property
@@ -190,8 +193,7 @@ class Sweep:
         scores: dict[int, float] = {}
         while (place := _next_place(scores)) is not None:
             best = min(scores.values(), default=math.inf)
-            # Two seeds: with more steps than this the mean is above the best one.
-            limit = self.limit if best == math.inf else min(self.limit, math.ceil(self.tuning_seeds * best))
+            limit = self.limit if best == math.inf else min(self.limit, math.ceil(_WORSE * best))
             steps = []
             for i in range(self.tuning_seeds):
                 task = self._task("tune", place, FIRST_TUNING_SEED + i, self.rate(place), limit)
