@@ -625,9 +625,9 @@ def _starts(
 
 
 def _tensor(values: Values, owner: str, name: str) -> Tensor:
-    """*values* as float64 on the CPU. Raises ValueError unless all are finite numbers."""
+    """A copy of *values* as float64 on the CPU. Raises ValueError unless all are finite numbers."""
     try:
-        found = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        found = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError):
         check(False, owner, name, values, "numbers")
         raise
@@ -657,7 +657,8 @@ class _BNGD:
         # Lengths do not matter (w -> r w, lr -> r^2 lr): begin near 1, by a power of 2, which rounds nothing.
         peak = self.v.abs().amax(1)
         self.scale = torch.exp2(peak.log2().round())
-        check(bool(((peak > 0) & (peak < math.inf)).all()), "run", "w0'Hw0", peak.square().tolist(), "positive, finite")
+        for extreme in (float(peak.min()), float(peak.max())):
+            check(0 < extreme < math.inf, "run", "sqrt(H) w0", f"a largest entry of {extreme}", "not 0 and finite")
         self.v /= self.scale[:, None]
         self.lr = starts.lr / self.scale / self.scale
         greatest = float(self.lr.max())

@@ -20,7 +20,18 @@ from conjugo.scaling import LayerCondition, bngd, effective_condition, scale_inv
 from conjugo.scaling.bn_layers import LayerMatrix
 from conjugo.scaling.bngd import OLS, Asymptotes, ConvergenceMap, Spectrum
 
-__all__ = ["DATA", "DataSummary", "Start", "layers", "least_squares", "plain", "random_problem", "save_map", "summary"]
+__all__ = [
+    "DATA",
+    "DataSummary",
+    "Start",
+    "layers",
+    "least_squares",
+    "plain",
+    "random_problem",
+    "save_map",
+    "summary",
+    "taken",
+]
 
 Start = Literal["random", "g"]
 
@@ -34,8 +45,9 @@ def random_problem(spectrum: str, *, seed: int = 0, start: Start = "random") -> 
     spectrum: ``logspace:LOW:HIGH:D`` or ``linspace:LOW:HIGH:D``, or numbers with commas between them. start: ``"random"``, or
     ``"g"`` for w0 = g / |g|, from which giant steps lead to the saddle. Raises ValueError for anything else.
 
-    >>> random_problem("logspace:1:80:100")[0].spectrum().kappa
-    80.0...
+    >>> problem, start = random_problem("logspace:1:80:100")
+    >>> round(problem.spectrum().kappa, 6), tuple(start.shape)
+    (80.0, (100,))
     """
     accepted = "logspace:LOW:HIGH:D, linspace:LOW:HIGH:D with 0 < LOW <= HIGH and D >= 1, or numbers such as 1,2,4"
     kind, *rest = spectrum.split(":")
@@ -145,11 +157,12 @@ def summary(
     ours = bngd.run(problem, lrs, a0=1.0, steps=steps, tol=tol, record=None, seed=seed)
     start = bngd.run(problem, 1.0, a0=1.0, steps=0, seed=seed).w[0]
     return DataSummary(
-        problem, spectrum, bngd.asymptotes(problem, start, 1.0), dict(zip(parts, _taken(descent))), lrs, _taken(ours)
+        problem, spectrum, bngd.asymptotes(problem, start, 1.0), dict(zip(parts, taken(descent))), lrs, taken(ours)
     )
 
 
-def _taken(run: bngd.Run) -> list[int | None]:
+def taken(run: bngd.Run) -> list[int | None]:
+    """Steps of each run to its tol; None: it did not come to it."""
     return [int(n) if status == "converged" else None for n, status in zip(run.steps.tolist(), run.status)]
 
 

@@ -31,7 +31,7 @@ from conjugo._files import write_aside
 from conjugo.errors import check
 from conjugo.scaling import bngd
 from conjugo.scaling.bngd import OLS
-from conjugo.studies.bngd import least_squares
+from conjugo.studies.bngd import least_squares, taken
 from conjugo.studies.reproduce.bngd_networks import (
     VARIANTS,
     ImagePlan,
@@ -182,21 +182,17 @@ def data(plan: BngdPlan) -> dict[str, Any]:
         steps = []
         for seed in range(plan.data_starts):
             run = bngd.run(problem, lrs, a0=1.0, steps=plan.data_steps, tol=tol, record=None, seed=seed)
-            steps.append(_taken(run))
+            steps.append(taken(run))
         found[name] = {
             "d": problem.d,
             "kappa": spectrum.kappa,
             "kappa_star": spectrum.kappa_star,
             "gd_lr_max": spectrum.gd_lr_max,
-            "gd": dict(zip([f"{share:g}" for share in shares], _taken(descent))),
+            "gd": dict(zip([f"{share:g}" for share in shares], taken(descent))),
             "lrs": lrs.tolist(),
             "bngd": steps,
         }
     return found
-
-
-def _taken(run: bngd.Run) -> list[int | None]:
-    return [int(n) if status == "converged" else None for n, status in zip(run.steps.tolist(), run.status)]
 
 
 def _rounded(values: Tensor | Sequence[float]) -> list[Any]:
@@ -225,9 +221,7 @@ def experiment(
     """Do the experiment; parts: what does each of them (stand-ins for tests)."""
     from conjugo.studies.reproduce import bngd_figures
 
-    for name in ("jobs", "workers"):
-        value = getattr(request, name)
-        check(value == 1, "reproduce", name, value, "1 for bngd, which takes two minutes as a whole")
+    _alone(request)
     plan = BngdPlan() if plan is None else plan
     out = request.out
     if out is not None:
@@ -243,6 +237,12 @@ def experiment(
     if out is not None:
         save(result.to_dict(), bngd_figures.drawn(result), out)
     return result
+
+
+def _alone(request: Request) -> None:
+    for name in ("jobs", "workers"):
+        value = getattr(request, name)
+        check(value == 1, "reproduce", name, value, "1 for bngd, whose runs are done one after another")
 
 
 def _kept(path: Path | None, compute: Callable[[], Any]) -> Any:
@@ -376,13 +376,13 @@ class BngdResult:
         case = self.parts["data"][name]
         found: list[tuple[int, float, float] | None] = []
         for steps in case["bngd"]:
-            taken = {lr: count for lr, count in zip(case["lrs"], steps) if count is not None}
-            if not taken:
+            done = {lr: count for lr, count in zip(case["lrs"], steps) if count is not None}
+            if not done:
                 found.append(None)
                 continue
-            best = min(taken.values())
-            near = [lr for lr, count in taken.items() if count <= 2 * best]
-            found.append((best, max(near) / min(near), max(taken) / min(taken)))
+            best = min(done.values())
+            near = [lr for lr, count in done.items() if count <= 2 * best]
+            found.append((best, max(near) / min(near), max(done) / min(done)))
         return found
 
     def slope(self, name: str) -> float:
@@ -541,13 +541,13 @@ class BngdResult:
 
     def _wider(self, name: str) -> tuple[bool | None, str]:
         case = self.parts["data"][name]
-        taken = {float(share): steps for share, steps in case["gd"].items() if steps is not None}
+        done = {float(share): steps for share, steps in case["gd"].items() if steps is not None}
         ranges = [found[2] for found in self.ranges(name) if found is not None]
-        if not taken or not ranges:
+        if not done or not ranges:
             return None, "one of them does not converge within the budget"
         # Steps grow as 1 / lr: from the slowest that was measured to the one that just takes the whole budget.
-        slowest = min(taken)
-        descent = 1 / (slowest * taken[slowest] / self.plan.data_steps)
+        slowest = min(done)
+        descent = 1 / (slowest * done[slowest] / self.plan.data_steps)
         said = f"{', '.join(f'{r:,.0f}' for r in ranges)} against {descent:,.0f}"
         return min(ranges) >= 10 * descent, said
 
@@ -612,9 +612,7 @@ def images(
     """
     from conjugo.studies.reproduce import bngd_figures
 
-    for name in ("jobs", "workers"):
-        value = getattr(request, name)
-        check(value == 1, "reproduce", name, value, "1 for bngd, whose runs are done one after another")
+    _alone(request)
     plan = ImagePlan() if plan is None else plan
     device = choose_device("auto")
     if device.type == "cpu" and not request.force:

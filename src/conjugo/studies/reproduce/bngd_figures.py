@@ -11,6 +11,7 @@ import torch
 
 from conjugo.scaling.bngd import ConvergenceMap
 from conjugo.studies import drawing
+from conjugo.studies.reproduce.bngd import STARTS, WIDTHS
 from conjugo.studies.reproduce.bngd_networks import VARIANTS
 from conjugo.studies.reproduce.grid_figures import panels
 
@@ -40,8 +41,6 @@ def drawn(result: BngdResult) -> dict[str, Figure]:
 
 def over_both(result: BngdResult) -> Figure:
     """The excess over both learning rates, of the first condition number, from both starts."""
-    from conjugo.studies.reproduce.bngd import STARTS
-
     starts = next(iter(result.parts["maps"].values()))["starts"]
     with panels(len(starts)) as (figure, axeses):
         for axes, (name, case) in zip(axeses, starts.items()):
@@ -100,8 +99,6 @@ def effective(result: BngdResult) -> Figure:
 
 def widths(result: BngdResult) -> Figure:
     """Upper over lower end of the good learning rates against the dimension: medians, and all problems."""
-    from conjugo.studies.reproduce.bngd import WIDTHS
-
     found = result.parts["widths"]
     with drawing.new_axes(drawing.WIDE) as axes:
         ds = [float(d) for d in found]
@@ -171,8 +168,6 @@ def drawn_images(result: BngdImages) -> dict[str, Figure]:
 
 
 def _named(starts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    from conjugo.studies.reproduce.bngd import STARTS
-
     return [(STARTS[name], run) for name, run in starts.items()]
 
 
