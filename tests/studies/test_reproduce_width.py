@@ -314,6 +314,7 @@ def test_other_exponents_are_judged(exponent, spread, verdict):
     result = width_families.experiment(Request(), plan, train=trained)
     assert result.law.exponent == pytest.approx(exponent, abs=0.1)
     assert verdicts(result) == [verdict, "not reproduced"]
+    assert ("critical width" in result.text()) == (verdict == "reproduced")
 
 
 def test_an_exponent_that_may_be_0_or_1_is_undecided():

@@ -244,12 +244,14 @@ class OptimalNoiseScale:
     batch: float
     """The batch size that belongs to gbar at the learning rate of the scan, not rounded."""
     accuracy: float
-    """Height of the parabola, in the unit of the accuracies."""
+    """Mean accuracy at the best of the batch sizes that were tried, in their unit."""
     at_edge: bool
     """Whether the best batch is the smallest or the largest of the scan, or the parabola has no top within it: then gbar is
     where the scan ends, or its best batch, and the optimum may lie beyond."""
     edge_share: float
     """Part of the bootstrap samples for which that is so. From a few percent on the interval is too short."""
+    points: int
+    """Batch sizes through which the parabola goes: fewer than were asked for where those do not lie on one."""
     batches: tuple[float, ...]
     """The batch sizes that were used, ascending."""
     means: tuple[float, ...]
@@ -280,9 +282,11 @@ def optimal_noise_scale(
     batch size with fewer than two runs left is left out. A column is one seed, and may share initial weights and data.
     batches: [K] distinct sizes, in any order. lr, n_train, init_var, momentum: of the runs, for
     :func:`normalized_noise_scale` with N / B.
-    points: neighbouring batch sizes around the best one through which the parabola goes, >= 3. resamples: of the bootstrap
-    over seeds (columns), >= 50; in each the best batch is chosen anew. level: of the interval, in (0, 1), by Student's t
-    distribution with S - 1 degrees of freedom on log(gbar). seed: of the bootstrap. Raises ValueError.
+    points: neighbouring batch sizes around the best one through which the parabola goes, >= 3. Where they surely do not lie
+    on one (Hotelling's test, 1 %; next to the noise at which training breaks down, for one) there are two fewer, down to
+    three; with three the top is within half a step of the best batch, and the interval does not know of more than that.
+    resamples: of the bootstrap over seeds (columns), >= 50; in each the best batch is chosen anew. level: of the interval, in
+    (0, 1), by Student's t distribution with S - 1 degrees of freedom on log(gbar). seed: of the bootstrap. Raises ValueError.
 
     >>> rng = np.random.default_rng(0)
     >>> sizes = 2.0 ** np.arange(9)
@@ -315,11 +319,13 @@ def optimal_noise_scale(
 
     seeds = table.shape[1]
     means = table.sum(1) / there.sum(1)
-    top = _tops(np.log(sizes), means[None], points)
+    x = np.log(sizes)
     drawn = np.random.default_rng(seed).multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
     counts = drawn @ there.T
     sampled = np.where(counts > 0, drawn @ table.T / np.maximum(counts, 1), means)  # [resamples, K]
-    tops = _tops(np.log(sizes), sampled, points)
+    while points > 3 and not _on_a_parabola(x, means, sampled, points, seeds):
+        points = max(3, points - 2)
+    top, tops = _tops(x, means[None], points), _tops(x, sampled, points)
     # The bootstrap's variance is that of a sample of S with S in the denominator.
     stderr = float(np.std(tops.place)) * math.sqrt(seeds / (seeds - 1))
     batch = math.exp(float(top.place[0]))
@@ -330,9 +336,10 @@ def optimal_noise_scale(
         interval=(gbar / reach, gbar * reach),
         log_stderr=stderr,
         batch=batch,
-        accuracy=float(top.height[0]),
+        accuracy=float(means.max()),
         at_edge=bool(top.edge[0]),
         edge_share=float(tops.edge.mean()),
+        points=points,
         batches=tuple(sizes.tolist()),
         means=tuple(means.tolist()),
         diverged=diverged,
@@ -343,26 +350,52 @@ class _Tops(NamedTuple):
     """Of each row of means."""
 
     place: Values
-    height: Values
     edge: np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def _tops(x: Values, means: Values, points: int) -> _Tops:
     """The tops of the parabolas through the *points* neighbours around the best of each row; x: [K], means: [n, K]."""
     best = means.argmax(1)
-    starts = np.clip(best - points // 2, 0, len(x) - points)
+    starts = _starts(best, points, len(x))
     windows = np.lib.stride_tricks.sliding_window_view(x, points)
     centres = windows.mean(1)
     solvers = np.linalg.pinv((windows - centres[:, None])[..., None] ** np.arange(3))  # [windows, 3, points]
     inside = np.take_along_axis(means, starts[:, None] + np.arange(points), 1)
-    c, b, a = np.einsum("nij,nj->in", solvers[starts], inside)
+    _, b, a = np.einsum("nij,nj->in", solvers[starts], inside)
     bent = a < 0
     away = np.where(bent, -b / np.where(bent, 2 * a, 1.0), x[best] - centres[starts])
     place = centres[starts] + away
     edge = ~bent | (best == 0) | (best == len(x) - 1) | (place < x[0]) | (place > x[-1])
-    place = np.clip(place, x[0], x[-1])
-    away = place - centres[starts]
-    return _Tops(place, c + b * away + a * away**2, edge)
+    return _Tops(np.clip(place, x[0], x[-1]), edge)
+
+
+def _starts(best: Any, points: int, size: int) -> Any:
+    """Where the window of *points* around *best* begins."""
+    return np.clip(best - points // 2, 0, size - points)
+
+
+def _on_a_parabola(x: Values, means: Values, sampled: Values, points: int, seeds: int) -> bool:
+    """Whether the means around the best may lie on a parabola in x: Hotelling's test, 1 %, of what is orthogonal to parabolas.
+
+    sampled: [resamples, K], bootstrap means, for the covariance of the means. True where there are too few seeds to say.
+    """
+    from scipy.special import fdtri
+
+    contrasts = points - 3
+    if seeds <= contrasts:
+        return True
+    start = int(_starts(means.argmax(), points, len(x)))
+    window = slice(start, start + points)
+    parabolas = (x[window] - x[window].mean())[:, None] ** np.arange(3)
+    rest = np.linalg.qr(parabolas, mode="complete")[0][:, 3:]
+    off = means[window] @ rest
+    if np.abs(off).max() <= 1e-9 * max(float(np.ptp(means[window])), float(np.abs(means[window]).max())):
+        return True  # exactly
+    covariance = np.cov(sampled[:, window] @ rest, rowvar=False).reshape(contrasts, contrasts) * seeds / (seeds - 1)
+    statistic = float(off @ np.linalg.pinv(covariance, hermitian=True) @ off)
+    spread = float(np.trace(covariance))
+    limit = contrasts * (seeds - 1) / (seeds - contrasts) * float(fdtri(contrasts, seeds - contrasts, 0.99))
+    return spread > 0 and statistic <= limit
 
 
 def _quantile(level: float, freedom: int) -> float:

@@ -173,7 +173,7 @@ class FamilyResult:
         """The best noise scale; None if too many runs diverged."""
         problem, scan = self.plan.problem, self.scan(width)
         table = np.array([outcome.test for _, outcome in scan], dtype=np.float64)  # None becomes NaN
-        usable = sum(np.isfinite(row).sum() >= 2 for row in table)
+        usable = int((np.isfinite(table).sum(1) >= 2).sum())
         if usable < 3:
             return None
         return optimal_noise_scale(
@@ -220,7 +220,7 @@ class FamilyResult:
         problem = self.plan.problem
         table = new_table(
             f"{problem.data}: the noise scale with the best test accuracy, by width",
-            f"{problem.seeds} seeds, learning rate {self.lr:g}. In brackets: 95 % interval. Accuracy: the parabola's top.",
+            f"{problem.seeds} seeds, learning rate {self.lr:g}. In brackets: 95 % interval. Accuracy: of the best batch.",
         )
         for title in ("gbar", "batch", "accuracy", "edge"):
             table.add_column(title, justify="right", no_wrap=True)
@@ -242,7 +242,7 @@ class FamilyResult:
             "former are left out of the regression.",
         ]
         law, problem = self.law, self.plan.problem
-        if law is not None:
+        if law is not None and self._proportional()[0] is not False:
             # The learning rate of the runs is a part of the largest stable one, if that was looked for.
             largest = self.lr / self.plan.part if self.plan.lr is None else self.lr
             width = critical_width(law.kappa, problem.examples, largest, problem.weight_var)

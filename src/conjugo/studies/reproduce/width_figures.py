@@ -90,6 +90,8 @@ def stability(result: CollapseResult) -> Figure:
 
 def families(result: FamilyResult) -> Figure:
     """Test accuracy against gbar for each width, with the optimum; and the optima against the width."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     looks = drawing.styles([str(width) for width in result.plan.widths])
     optima, law = result.optima, result.law
     with panels(2, shared=False) as (figure, axeses):
@@ -126,6 +128,9 @@ def families(result: FamilyResult) -> Figure:
         _zoom(left)
         _octaves(right, result.plan.widths)
         right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        right.yaxis.set_minor_formatter(NullFormatter())
         right.set_xlabel("width")
         right.set_ylabel("best gbar")
         if law is not None:
