@@ -293,7 +293,7 @@ def effective_condition(
     weights = named[name].detach()
     check(weights.ndim >= 2, owner, f"the shape of {name}", tuple(weights.shape), "one of rows: two dimensions or more")
     dim = _dims(model).get(name, 0)
-    norms = _rows(weights, dim).double().norm(dim=1)
+    norms = _rows(weights, dim).double().norm(dim=1).cpu()
     check(bool((norms > 0).all()), owner, f"{name}", "a row of zeros", "without rows of zeros")
     make = hessian if matrix == "hessian" else ggn
     raw = make(model, loss_fn, data, f"^{re.escape(name)}$", bn_mode="train")
