@@ -367,6 +367,9 @@ def test_next_to_a_cliff_the_parabola_is_narrower():
     shared[:4] -= 0.8
     assert optimal_noise_scale(shared, BATCHES, **RUNS).points == 3
     assert optimal_noise_scale(table, BATCHES, **RUNS, points=6).points in (3, 4)
+    bump = scan(best=4.0, sd=0.004)
+    bump[2] -= 0.02  # small, but ten times the error of what is orthogonal to parabolas
+    assert optimal_noise_scale(bump, BATCHES, **RUNS).points == 3
 
 
 def test_what_all_batch_sizes_of_a_seed_share_does_not_widen_the_interval():

@@ -391,7 +391,10 @@ def test_scale_gpu_wants_an_accelerator_and_takes_what_data_there_is(monkeypatch
     reproduce("width", scale="gpu", force=True)
     load(False)
     reproduce("width", scale="gpu", force=True)
-    assert plans == [CIFAR, DIGITS]
+    assert plans == [replace(CIFAR, together=1), replace(DIGITS, together=1)]
+    monkeypatch.setattr(width_families, "choose_device", lambda name: torch.device("cuda"))
+    reproduce("width", scale="gpu")
+    assert plans[-1] == DIGITS
 
 
 def test_the_full_scale_is_a_plan(tmp_path):

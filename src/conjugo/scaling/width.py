@@ -246,8 +246,8 @@ class OptimalNoiseScale:
     accuracy: float
     """Mean accuracy at the best of the batch sizes that were tried, in their unit."""
     at_edge: bool
-    """Whether the best batch is the smallest or the largest of the scan, or the parabola has no top within it: then gbar is
-    where the scan ends, or its best batch, and the optimum may lie beyond."""
+    """Whether the best batch is the smallest or the largest of the scan, or the parabola has no top within it: then the
+    optimum may lie beyond, and gbar is only the best that the scan can say."""
     edge_share: float
     """Part of the bootstrap samples for which that is so. From a few percent on the interval is too short."""
     points: int
