@@ -30,6 +30,11 @@ def test_one_batch_goes_on_by_the_law_with_the_critical_batch_that_was_expected(
     assert found.ratio(8, 1024) == pytest.approx(steps(8, 1, 100) / steps(1024, 1, 100), rel=1e-3)
 
 
+def test_one_batch_says_no_more_about_the_critical_one_than_was_expected():
+    found = StepsForecast([128], [300.0], b_prior=100.0, prior_factor=3)
+    assert tuple(found.b_crit) == pytest.approx((100, 100 / 3, 300), rel=0.03)
+
+
 def test_the_interval_is_the_wider_the_farther_from_what_was_measured_and_the_less_is_known():
     def width(interval):
         return math.log(interval.high / interval.low)

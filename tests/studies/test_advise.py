@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from tests.distributed.ranks import run
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -370,3 +371,29 @@ def test_nlcg_goes_on_with_its_state():
     found = advise(model, F.cross_entropy, (inputs, targets), nlcg, target_loss=0.3, mode="fast", **LIMIT)
     assert found.reached
     assert found.noise_along[0].metric == "nlcg"
+
+
+# Several ranks ----------------------------------------------------------------------------------------------------------
+
+
+def advise_on_a_rank(target):
+    model = network(seed=torch.distributed.get_rank())  # rank 0's is the one that counts
+    try:
+        found = advise(model, F.cross_entropy, data(), "sgd", target_loss=target, mode="fast", **LIMIT)
+    except ValueError as error:
+        return str(error)
+    return untimed(found), found.all_reduce
+
+
+def test_all_ranks_get_what_rank_0_finds_alone():
+    alone = untimed(advise(network(), F.cross_entropy, data(), "sgd", target_loss=0.3, mode="fast", **LIMIT))
+    (first, took), (second, took_too) = run(2, advise_on_a_rank, 0.3)
+    assert first == second
+    assert took == took_too > 0
+    assert first["world_size"] == 2
+    assert {k: v for k, v in first.items() if k not in ("world_size", "all_reduce")} == {
+        k: v for k, v in alone.items() if k not in ("world_size", "all_reduce")
+    }
+    messages = run(2, advise_on_a_rank, 99.0)
+    assert messages[0] == messages[1]
+    assert "target_loss must be below" in messages[0]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from conjugo._space import is_dtensor
 from conjugo.errors import check, unknown
 from conjugo.scaling.forecast import StepsForecast
 from conjugo.scaling.noise_scale import LossFn, NoiseScale, gradient_noise_scale
@@ -61,7 +62,7 @@ def advise(
     efficiency: float = 0.5,
     max_batch: int | None = None,
     micro_batch: int | None = None,
-    world_size: int = 1,
+    world_size: int | None = None,
     all_reduce: float | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -91,10 +92,10 @@ def advise(
             training needs 1 / efficiency times as many examples as with the smallest ones.
         max_batch: largest batch to be tried; None: the number of examples.
         micro_batch: most examples that go through the model at once; None: as many as memory allows.
-        world_size: workers that share each batch.
-        all_reduce: seconds for which these add up their gradients; None: measured, where torch.distributed has so many ranks,
-            else not counted, with a warning.
-        device: None: that of the model.
+        world_size: workers that share each batch; None: the ranks of torch.distributed, or one. Where there are ranks, all call
+            this together, rank 0 does the work, and all get the same.
+        all_reduce: seconds in which these add up their gradients; None: measured, where torch.distributed has so many ranks,
+        else not counted, with a warning. device: None: that of the model.
         seed: of batches, random vectors, and what the model draws.
         callback: called with what begins.
 
@@ -116,11 +117,13 @@ def advise(
     check(max_examples > 0, owner, "max_examples", max_examples, "> 0")
     check(0 < efficiency < 1, owner, "efficiency", efficiency, "in (0, 1)")
     check(target_loss is None or math.isfinite(target_loss), owner, "target_loss", target_loss, "finite or None")
-    check(world_size >= 1, owner, "world_size", world_size, ">= 1")
+    check(world_size is None or world_size >= 1, owner, "world_size", world_size, ">= 1 or None")
     check(micro_batch is None or micro_batch >= 1, owner, "micro_batch", micro_batch, ">= 1 or None")
     check(all_reduce is None or all_reduce >= 0, owner, "all_reduce", all_reduce, "seconds >= 0 or None")
     params = [p for p in model.parameters() if p.requires_grad]
     check(len(params) > 0, owner, "the number of trainable parameters", 0, "at least 1")
+    sharded = any(is_dtensor(p) for p in params)
+    check(not sharded, owner, "the parameters", "sharded ones", "whole: load their full_tensor() into a plain model")
     where = params[0].device if device is None else torch.device(device)
     model = _plain(model)
     if where != params[0].device:
@@ -130,10 +133,35 @@ def advise(
     accepted = f"in [2, {examples.n}], the number of examples"
     check(max_batch is None or 2 <= max_batch <= examples.n, owner, "max_batch", max_batch, accepted)
     problem = Problem(model, loss_fn, examples, make, needs_loss=needs_loss, micro_batch=micro_batch)
-    advisor = _Advisor(problem, name, Clock(seconds, max_examples), seed, callback or (lambda text: None))
-    advisor.largest = examples.n if max_batch is None else max_batch
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-        return advisor.run(target_loss, mode, efficiency, world_size, all_reduce)
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world_size is None:
+        world_size = ranks
+    if all_reduce is None and world_size == ranks > 1:
+        all_reduce = _all_reduce_time(params)
+
+    def found(group: Any) -> Advice:
+        advisor = _Advisor(problem, name, Clock(seconds, max_examples), seed, callback or (lambda text: None), group)
+        advisor.largest = examples.n if max_batch is None else max_batch
+        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+            return advisor.run(target_loss, mode, efficiency, world_size, all_reduce)
+
+    return found(None) if ranks == 1 else _on_first(found)
+
+
+def _on_first(found: Callable[[Any], Advice]) -> Advice:
+    """Collective: what rank 0 finds alone, on all ranks; or its exception."""
+    alone = dist.new_group([0])
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [found(alone)]
+        except Exception as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    advice: Advice = outcome[0]
+    return advice
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -197,7 +225,10 @@ def _like(given: Optimizer, params: Sequence[nn.Parameter]) -> MakeOptimizer:
 class _Advisor:
     """The order of things, and what came out so far."""
 
-    def __init__(self, problem: Problem, name: str, clock: Clock, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, problem: Problem, name: str, clock: Clock, seed: int, say: Callable[[str], None], group: Any
+    ) -> None:
+        self.group = group  # of this rank alone, where there are several
         self.problem = problem
         self.name = name
         self.clock = clock
@@ -251,7 +282,9 @@ class _Advisor:
         forecast = self._forecast(probes, b_prior)
         self._remarks(mode, probes, b_prior, forecast, raced.reached)
         if world_size > 1 and all_reduce is None:
-            all_reduce = self._all_reduce(world_size)
+            self.warnings.append(
+                f"the time in which {world_size} workers add up their gradients is not counted: give all_reduce"
+            )
         return Advice(
             optimizer=self.name,
             examples=problem.examples.n,
@@ -312,6 +345,7 @@ class _Advisor:
             optimizer=optimizer,
             seed=self.seed,
             population=n,
+            process_group=self.group,
         )
         self.clock.examples += found.examples
         return found
@@ -325,7 +359,12 @@ class _Advisor:
         rows = problem.judged[: min(1024, problem.micro_batch or 1024, most)]
         try:
             op = hessian(
-                problem.model, problem.loss_fn, [problem.examples.take(rows)], method="autograd", seed=self.seed
+                problem.model,
+                problem.loss_fn,
+                [problem.examples.take(rows)],
+                method="autograd",
+                seed=self.seed,
+                process_group=self.group,
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -479,24 +518,21 @@ class _Advisor:
                 "batch norm: noise was measured with micro-batches of its own, steps with the batches themselves"
             )
 
-    def _all_reduce(self, world_size: int) -> float | None:
-        """Seconds to add up gradients, where the ranks are there."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size):
-            self.warnings.append(
-                f"the time in which {world_size} workers add up their gradients is not counted: give all_reduce"
-            )
-            return None
-        numbers = sum(p.numel() for p in self.problem.model.parameters() if p.requires_grad)
-        buffer = torch.zeros(numbers, device=self.problem.examples.device)
-        times: list[float] = []
-        for _ in range(5):
-            dist.barrier()
-            begin = time.perf_counter()
-            dist.all_reduce(buffer)
-            if buffer.is_cuda:
-                torch.cuda.synchronize(buffer.device)
-            times.append(time.perf_counter() - begin)
-        return float(sorted(times)[2])
+
+def _all_reduce_time(params: Sequence[nn.Parameter]) -> float:
+    """Collective: seconds in which the ranks add up a gradient; the median of five, of the slowest rank."""
+    buffer = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
+    times: list[float] = []
+    for _ in range(5):
+        dist.barrier()
+        begin = time.perf_counter()
+        dist.all_reduce(buffer)
+        if buffer.is_cuda:
+            torch.cuda.synchronize(buffer.device)
+        times.append(time.perf_counter() - begin)
+    slowest = torch.tensor([sorted(times)[2]], device=buffer.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)
 
 
 def _mean_log(steps: Sequence[float]) -> float:
