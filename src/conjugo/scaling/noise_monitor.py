@@ -31,7 +31,7 @@ from conjugo.errors import check
 from conjugo.scaling.metric import diagonal_metric
 from conjugo.scaling.noise_scale import Moments, NoiseScale, examples_in, jackknife
 
-__all__ = ["Attachment", "MicroBatchNorms", "NoiseScaleMonitor", "attach"]
+__all__ = ["Attachment", "MicroBatchNorms", "NoiseScaleMonitor", "Norms", "attach"]
 
 Number: TypeAlias = float | Tensor
 Hook: TypeAlias = Callable[[Any, Any], Any]
@@ -290,9 +290,10 @@ class NoiseScaleMonitor:
         """What squared gradients are to be multiplied with, by parameter (1 where it is absent); None: not known yet."""
         if self._optimizer is None:
             return {}
-        if not any(self._optimizer.state.values()):
+        try:
+            return diagonal_metric(self._optimizer)
+        except ValueError:  # it has not taken a step
             return None
-        return diagonal_metric(self._optimizer)
 
     def feed(self, source: Callable[[], None]) -> None:
         """*source* is called before the monitor is read; it may bring in, by :meth:`update`, what has come meanwhile."""
@@ -384,6 +385,8 @@ def _norm(x: Tensor, root: Tensor | None = None) -> Tensor:
 
 def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
     """0-d, in float64 where the device has it."""
+    if len(norms) == 1:
+        return norms[0].to(wide_dtype(norms[0].device)).square()
     stacked = torch.stack([norm.to(torch.float64) for norm in norms] if _mixed(norms) else list(norms))
     return stacked.to(wide_dtype(stacked.device)).square().sum()
 
@@ -450,7 +453,7 @@ class MicroBatchNorms:
         self._forget()
 
     def _forget(self) -> None:
-        self._measures: list[Norms] = []
+        self._norms: list[Norms] = []
         self._squares: list[list[Tensor]] = []  # by monitor: of the micro-batches
         self._pieces: list[list[Tensor]] | None = None  # by monitor: of the micro-batch that goes backward now
         self._numbers = np.zeros(4)  # sums over micro-batches: 1, 1 / examples, weight, weight^2 / examples
@@ -471,8 +474,8 @@ class MicroBatchNorms:
         if weight == 0:
             yield
             return
-        if not self._measures:
-            self._measures = [Norms(monitor) for monitor in self._monitors]
+        if not self._norms:
+            self._norms = [Norms(monitor) for monitor in self._monitors]
             self._squares = [[] for _ in self._monitors]
         pieces = self._pieces = [[] for _ in self._monitors]
         whole = [p for p in self._params if not _is_sharded(p)]
@@ -490,8 +493,8 @@ class MicroBatchNorms:
 
     def _look(self, p: Tensor, gradient: Tensor) -> None:
         if self._pieces is not None:
-            for measure, found in zip(self._measures, self._pieces):
-                found.append(measure.of(gradient, p))
+            for each, found in zip(self._norms, self._pieces):
+                found.append(each.of(gradient, p))
 
     def _watch(self, module: nn.Module, args: Any) -> None:
         """Before *module* runs: FSDP2 has put whole parameters in the place of shards, the same tensors each time."""
@@ -507,7 +510,7 @@ class MicroBatchNorms:
 
         Raises ValueError if there were less than two micro-batches.
         """
-        if not self._measures:
+        if not self._norms:
             return
         device = self._params[0].device
         with_gradient = [p for p in self._params if p.grad is not None]
@@ -515,7 +518,7 @@ class MicroBatchNorms:
         zero = torch.zeros((), dtype=numbers.dtype, device=device)
         small = [sum(squares, zero) for squares in self._squares]
         own = [_own(p) for p in with_gradient]
-        big = [measure.of_all(own, with_gradient) for measure in self._measures]
+        big = [each.of_all(own, with_gradient) for each in self._norms]
         sums = torch.cat([torch.stack(small + big), numbers.to(device, non_blocking=True)])
         if self._world > 1:
             dist.all_reduce(sums, group=self._group)
@@ -526,10 +529,10 @@ class MicroBatchNorms:
         # The batch is the mean of its micro-batches with these weights; its noise is that of so many examples.
         b_big = weight.square() / squares
         scale = (self._world / weight).square()
-        for i, measure in enumerate(self._measures):
-            if measure.known:
+        for i, each in enumerate(self._norms):
+            if each.known:
                 of_batch = sums[len(small) + i] / self._world * scale
-                measure.monitor.update(sums[i] / count, of_batch, b_small, b_big, self._population)
+                each.monitor.update(sums[i] / count, of_batch, b_small, b_big, self._population)
         self._forget()
 
 
@@ -574,7 +577,7 @@ def attach(
         inner_hook: the hook that reduces, ``hook(state, bucket)``, such as ``fp16_compress_hook``: what comes out of it is
             the gradient of the batch. None: the mean. DDP takes one hook only, so one that is there is to be given here.
         inner_state: its state; for the hooks of PyTorch a process group or None.
-        every: measure one of so many steps, >= 1; the others cost nothing.
+        every: measure one of so many steps, >= 1; the others cost next to nothing.
         examples: of a rank in a step, over all its micro-batches. None: counted, as the length of the first tensor that the
             model is called with in train mode.
         population: see :meth:`NoiseScaleMonitor.update`.
@@ -628,10 +631,10 @@ class Attachment:
         self._world = dist.get_world_size(model.process_group)
         self._seen = 0  # examples of this rank since the last step
         self._step = 0
-        self._measures: list[Norms] = []
+        self._norms: list[Norms] = []
         self._local: list[list[Tensor]] = []  # by monitor: squared norms of this rank's buckets
-        self._reduced: list[list[Tensor]] = []  # by monitor: of the reduced ones
-        self._waiting: tuple[Any, Tensor, list[list[Tensor]], list[Norms], Number] | None = None
+        self._reduced: list[dict[int, Tensor]] = []  # by monitor and bucket: of the reduced ones
+        self._waiting: tuple[Any, Tensor, list[dict[int, Tensor]], list[Norms], Number] | None = None
         self._counter = None if examples else model.register_forward_pre_hook(self._count, with_kwargs=True)
         for monitor in monitors:
             monitor.feed(self._flush)
@@ -659,14 +662,14 @@ class Attachment:
             if last:
                 self._next()
             return inner(state, bucket)
-        if not self._measures:
+        if not self._norms:
             self._flush()  # the step before
-            self._measures = [Norms(monitor) for monitor in self._monitors]
+            self._norms = [Norms(monitor) for monitor in self._monitors]
             self._local = [[] for _ in self._monitors]
-            self._reduced = [[] for _ in self._monitors]
-        params, measures, reduced = bucket.parameters(), self._measures, self._reduced
-        for measure, found in zip(measures, self._local):
-            found.append(measure.of_bucket(bucket.buffer(), params))
+            self._reduced = [{} for _ in self._monitors]
+        index, params, norms, reduced = bucket.index(), bucket.parameters(), self._norms, self._reduced
+        for each, local in zip(norms, self._local):
+            local.append(each.of_bucket(bucket.buffer(), params))
         future = inner(state, bucket)
         if last:
             self._send()
@@ -674,8 +677,8 @@ class Attachment:
         def after(done: Any) -> Any:
             value = done.value()
             whole = value[0] if isinstance(value, list | tuple) else value
-            for measure, found in zip(measures, reduced):
-                found.append(measure.of_bucket(whole, params))
+            for each, found in zip(norms, reduced):
+                found[index] = each.of_bucket(whole, params)
             return value
 
         return future.then(after)
@@ -688,25 +691,26 @@ class Attachment:
         sums = torch.cat([local, inverse])
         work = dist.all_reduce(sums, group=self._model.process_group, async_op=True)
         scale = 1.0 if self._loss_scale is None else self._loss_scale()
-        self._waiting = (work, sums, self._reduced, self._measures, scale)
+        self._waiting = (work, sums, self._reduced, self._norms, scale)
         self._next()
 
     def _next(self) -> None:
         self._step += 1
         self._seen = 0
-        self._measures = []
+        self._norms = []
 
     def _flush(self) -> None:
         """Hand the last step over to the monitors. After the backward pass, which has waited for all buckets."""
         if self._waiting is None:
             return
-        (work, sums, reduced, measures, scale), self._waiting = self._waiting, None
+        (work, sums, reduced, norms, scale), self._waiting = self._waiting, None
         work.wait()
         b_small = self._world / sums[-1]
-        for measure, small, pieces in zip(measures, sums, reduced):
-            if measure.known:
-                big = torch.stack(pieces).sum()
-                measure.monitor.update(
+        for each, small, pieces in zip(norms, sums, reduced):
+            if each.known:
+                # Buckets may be done in any order; ranks are to add up in the same one.
+                big = torch.stack([pieces[index] for index in sorted(pieces)]).sum()
+                each.monitor.update(
                     small / self._world, big, b_small, self._world * b_small, self._population, loss_scale=scale
                 )
 
