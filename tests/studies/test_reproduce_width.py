@@ -299,6 +299,11 @@ def test_proportionality_is_found(tmp_path):
     assert "width 128" in shown(result)
     assert {path.name for path in tmp_path.iterdir()} >= {"families.png", "families.svg", "lr.json", "results.json"}
     assert width_families.experiment(Request(out=tmp_path, resume=True), FAMILIES, train=None) == result  # all is there
+    written = (tmp_path / "results.json").read_text()
+    for batch in (1, 2, 16):  # the first of a stack, so that the rest of it is read
+        (tmp_path / "runs" / f"width-32-lr-8-batch-{batch}.json").unlink()
+    width_families.experiment(Request(out=tmp_path, resume=True), FAMILIES, train=family)
+    assert (tmp_path / "results.json").read_text() == written
 
 
 @pytest.mark.parametrize(

@@ -123,20 +123,19 @@ def done(
     folder = None if request.out is None else request.out / "runs"
     shown = sys.stderr.isatty() if request.progress is None else request.progress
     for i, stack in enumerate(stacks):
-        before = [_read(condition, problem.seeds, folder) for condition in stack]
-        left = [condition for condition, outcome in zip(stack, before, strict=True) if outcome is None]
+        found |= {condition: outcome for condition in stack if (outcome := _read(condition, problem.seeds, folder))}
+        left = [condition for condition in stack if condition not in found]
         if left and shown:
             batches = listed([str(condition.batch) for condition in left])
             where = f"width {left[0].width}, learning rate {left[0].lr:g}, batch {batches}"
             print(f"{i + 1} of {len(stacks)}: {where}, {problem.seeds} seeds", file=sys.stderr)
-        found |= {condition: outcome for condition, outcome in zip(stack, before, strict=True) if outcome is not None}
         for condition, outcome in zip(left, train(problem, left) if left else (), strict=True):
             found[condition] = outcome
             if folder is not None:
                 folder.mkdir(exist_ok=True)
                 content = {**asdict(condition), **asdict(outcome)}
                 write_aside(folder / condition.file, json.dumps(content, allow_nan=False))
-    return found
+    return {condition: found[condition] for stack in stacks for condition in stack}
 
 
 def _read(condition: Condition, seeds: int, folder: Path | None) -> Outcome | None:
