@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -221,8 +222,15 @@ def test_laws_between_and_beyond_the_probes(advice):
     b_crit = advice.critical_batch.value
     far = advice.lr(1) / advice.lr(2)
     assert far == pytest.approx(optimal_lr(1, 1, b_crit) / optimal_lr(2, 1, b_crit), rel=0.15)
-    failed = [lr for probe in advice.probes for lr in probe.race.failed]
-    assert not failed or max(lrs) < max(failed)
+
+
+def test_what_exploded_with_a_larger_batch_is_not_advised_for_a_smaller_one(advice):
+    *smaller, large = advice.probes
+    limit = advice.lr(32) / 2
+    careful = replace(advice, probes=(*smaller, replace(large, race=replace(large.race, failed=(limit,)))))
+    assert careful.lr(32) == pytest.approx(limit / math.sqrt(2))
+    assert careful.lr(large.batch) == pytest.approx(limit / math.sqrt(2))
+    assert careful.lr(large.batch + 1) == pytest.approx(advice.lr(large.batch + 1))
 
 
 def test_batches_that_are_advised(advice):

@@ -40,7 +40,7 @@ class StepsForecast:
 
     >>> forecast = StepsForecast([16, 256], [700, 125], b_prior=100, prior_factor=4)
     >>> [round(x) for x in forecast.steps(64)], round(forecast.b_crit.value)
-    ([247, 189, 315], 81)
+    ([240, 216, 268], 113)
     """
 
     def __init__(
