@@ -161,6 +161,18 @@ def test_states_hold_plain_values_only(make, tmp_path):
     assert torch.load(tmp_path / "state", weights_only=True) == schedule.state_dict()
 
 
+def test_several_steps_at_once():
+    one, other = (WarmupPolynomial(optimizer(6.4), 4, 20) for _ in range(2))
+    for count in (1, 2, 4, 5):
+        one.advance(count)
+        for _ in range(count):
+            other.step()
+        assert one.get_last_lr() == other.get_last_lr()
+        assert one.last_epoch == other.last_epoch
+    with pytest.raises(ValueError, match="WarmupPolynomial: steps must be >= 1, got 0"):
+        one.advance(0)
+
+
 @SCHEDULES
 def test_a_scale_acts_at_once_on_all_that_follows_and_is_resumed(make):
     alone = optimizer(1.0)
