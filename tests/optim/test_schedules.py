@@ -163,6 +163,8 @@ def test_states_hold_plain_values_only(make, tmp_path):
 
 def test_several_steps_at_once():
     one, other = (WarmupPolynomial(optimizer(6.4), 4, 20) for _ in range(2))
+    for schedule in (one, other):
+        schedule.optimizer.step()
     for count in (1, 2, 4, 5):
         one.advance(count)
         for _ in range(count):
