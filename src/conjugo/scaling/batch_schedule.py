@@ -50,8 +50,8 @@ class MeasuredBatchSize:
 
     >>> monitor = NoiseScaleMonitor()
     >>> sizes = MeasuredBatchSize(monitor, batch_min=32, batch_max=256)
-    >>> for step in range(20):
-    ...     monitor.update(4.0, 2.0 + 0.1 * (step % 2), b_small=16, b_big=32)  # B_simple near 2 / (1/16 - 1/32) / 0 ...
+    >>> for step in range(20):  # tr Sigma = 300, |G|^2 = 1
+    ...     monitor.update(1 + 300 / 16, 1 + 300 / 32, b_small=16, b_big=32)
     >>> sizes.batch_at(0), sizes.batch_at(1)
     (32, 64)
     """
