@@ -555,10 +555,11 @@ def test_that_there_is_no_advice_is_a_result_too(monkeypatch):
     def sometimes(problem, optimizer, seed):
         if (optimizer, seed) == ("sgd", 0):
             return predict(problem, optimizer, seed, seconds=1, mode="fast")
-        return ask(problem, optimizer, seed)
+        return replace(ask(problem, optimizer, seed), advice={"reached": optimizer == "sgd" or seed == 0})
 
     found = experiment(Request(), plan=SMALL, problems=[QUICK], ask=sometimes, run=pretend)
     assert "No advice for SGD on quick: OverflowError: too much." in found.text()
+    assert "its advice is about a higher loss for Adam on quick, advise seed 1." in found.text()
     summary = found.summary("sgd", held_out=False)
     assert (summary.cases, summary.judged) == (8, 4)
     assert [(case.seed, case.lost > 0.1) for case in found.cases("sgd")] == [(1, True)] * 4

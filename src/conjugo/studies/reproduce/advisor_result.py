@@ -420,6 +420,12 @@ class AdvisorResult:
             notes.append(
                 f"Not judged, some seeds did not reach the target: {listed([_where(cell) for cell in censored])}."
             )
+        late = [p for p in self.predictions if p.advice.get("reached") is False]
+        if late:
+            names = listed([f"{LABELS[p.optimizer]} on {p.problem}, advise seed {p.seed}" for p in late])
+            notes.append(
+                f"The advisor had too little time, and says so: its advice is about a higher loss for {names}."
+            )
         notes += [
             f"No advice for {LABELS[p.optimizer]} on {p.problem}: {p.error}." for p in self.predictions if p.error
         ]
