@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
 from conjugo.optim._fused import kernels
 from conjugo.optim.curvature_preconditioners import Hutchinson
+from conjugo.optim.matrix_preconditioners import Kronecker, Orthogonal
 
 CLAUSES = {
     "state from the start": "all state is allocated by the constructor",
@@ -25,6 +26,9 @@ CLAUSES = {
     "no gradient, no step": "a step in which no parameter has a gradient changes nothing",
     "gradients will do": "a step wants no more of gradients than their values",
     "no host": "a step reads no value from the device on the host",
+    "size counts at once": "the first step depends on the size of the gradient",
+    "moves at once": "the first step moves the parameters",
+    "stays close": "numbers that are rounded otherwise (another type, another order of sums) change results as little",
 }
 """The clauses from which a row may be exempt."""
 
@@ -34,6 +38,7 @@ class Row:
     """An optimizer and how to use it.
 
     lr solves the convex problem of :mod:`tests.contract.problems`. vectors: state tensors of a parameter's own shape.
+    beyond: numbers of state for a parameter beyond those and a dozen scalars.
     implementations: options that choose how the same step is computed; the first one is the specification. errors: bad
     options with what the message must say. exempt: clauses that do not hold, each with the reason.
     """
@@ -42,6 +47,7 @@ class Row:
     factory: Callable[..., Optimizer]
     lr: float
     vectors: int
+    beyond: Callable[[torch.Tensor], int] = lambda p: 0
     options: Mapping[str, Any] = field(default_factory=dict)
     needs_loss: bool = False
     needs_graph: bool = False
@@ -149,6 +155,10 @@ _NLCG = (
     ({"lr": -0.1}, "NLCG: lr must be a finite number >= 0 .*, got -0.1"),
     ({"lr": math.inf}, "NLCG: lr must be .*, got inf"),
     ({"rule": "frr"}, "unknown NLCG rule 'frr'; did you mean 'fr'"),
+    ({"rule": "constnt"}, "unknown NLCG rule 'constnt'; did you mean 'constant'"),
+    ({"precond": "adamw"}, "unknown NLCG precond 'adamw'; did you mean 'adam'"),
+    ({"precond": "ortogonal"}, "unknown NLCG precond 'ortogonal'; did you mean 'orthogonal'"),
+    ({"precond": "krom"}, "unknown NLCG precond 'krom'; did you mean 'kron'"),
     ({"precond": "bfgss"}, "unknown NLCG precond 'bfgss'; did you mean 'bfgs'"),
     ({"line_search": "onlin"}, "unknown NLCG line_search 'onlin'; did you mean 'online'"),
     ({"removal": "previus"}, "unknown NLCG removal 'previus'; did you mean 'previous'"),
@@ -228,6 +238,8 @@ def _nlcg(
     lr: float = 0.5,
     exempt: Mapping[str, str] | None = None,
     needs: str | None = None,
+    beyond: Callable[[torch.Tensor], int] = lambda p: 0,
+    implementations: Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Row:
     searching = options.get("line_search", "none") != "none"
@@ -236,14 +248,39 @@ def _nlcg(
         factory=NLCG,
         lr=lr,
         vectors=vectors,
+        beyond=beyond,
         options=options,
         needs_loss=searching,
         needs_graph=needs == "graph",
         needs_curvature=needs == "curvature",
-        implementations=_LISTS if needs else _ON_HOST,
+        implementations=implementations or (_LISTS if needs else _ON_HOST),
         errors=() if options else _NLCG,
         exempt={"stays without gradient": _FIXED_SET} | dict(exempt or {}),
     )
+
+
+def two_dimensional(p: torch.Tensor) -> bool:
+    """What the rows below take for a matrix: also small ones, and no kernels."""
+    return p.ndim == 2
+
+
+def _factors(p: torch.Tensor) -> int:
+    """Numbers in two means and two bases."""
+    return sum(2 * n * n for n in p.shape) if p.ndim == 2 else 0
+
+
+_SIGNS = {"size counts at once": "the first step is the sign of the gradient"}
+_ADAM = {"lr": 0.1, "beta_max": 0.8, "implementations": _LISTS}
+_KRON = {
+    **_ADAM,
+    "beyond": _factors,
+    "exempt": {
+        "size counts at once": "the first step only learns",
+        "moves at once": "the first step only learns",
+        "stays close": "where no gradient has shown anything yet the basis is arbitrary",
+        "no host": "the host decides when to renew the basis",
+    },
+}
 
 
 def _cblr(
@@ -379,4 +416,22 @@ ROWS = (
         exempt={"gradients will do": "curvature must be measured", "no host": "the host decides when to measure"},
     ),
     _nlcg("restarts", 3, restart_on_ascent=True, beta_max=0.9, weight_decay=1e-4),
+    _nlcg("constant", 3, rule="constant", beta_max=0.5, lr=0.2),
+    _nlcg("constant, no preconditioner", 1, rule="constant", beta_max=0.8, precond="none", lr=0.1),
+    _nlcg("adam", 2, precond="adam", exempt=_SIGNS, **_ADAM),
+    _nlcg("adam pr per tensor", 3, precond="adam", rule="pr", scope="tensor", exempt=_SIGNS, **_ADAM),
+    _nlcg("orthogonal", 1, precond=Orthogonal(matrices=two_dimensional), **_ADAM),
+    _nlcg(
+        "orthogonal pr per group", 2, precond=Orthogonal(matrices=two_dimensional), rule="pr", scope="group", **_ADAM
+    ),
+    _nlcg("kron", 2, precond=Kronecker(matrices=two_dimensional, period=2), **_KRON),
+    _nlcg(
+        "kron constant per tensor",
+        2,
+        precond=Kronecker(matrices=two_dimensional, period=1),
+        rule="constant",
+        scope="tensor",
+        **_KRON,
+    ),
+    _nlcg("kron pr decay", 3, precond=Kronecker(matrices=two_dimensional), rule="pr", weight_decay=1e-4, **_KRON),
 )

@@ -135,7 +135,7 @@ def test_scaled_losses(row):
     assert scaler.get_scale() == 512.0
 
 
-@rows()
+@rows("moves at once")
 def test_hooks_run_before_and_after_the_step(row):
     params = parameters()
     optimizer = row.make(params)
@@ -228,6 +228,6 @@ def compiled(request):
     torch.compiler.reset()
 
 
-@rows()
+@rows("stays close")
 def test_compiled_models_train_alike(row, compiled):
     compiled.check(row, rtol=1e-4)

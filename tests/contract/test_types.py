@@ -10,7 +10,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @cases(
-    "dtype", None, lambda row: [torch.float32, *([] if "own state type" in row.exempt or "fused" in row.name else HALF)]
+    "dtype",
+    "stays close",
+    lambda row: [torch.float32, *([] if "own state type" in row.exempt or "fused" in row.name else HALF)],
 )
 def test_every_type_goes_the_way_of_float64(row, dtype):
     """To the precision of the type: four steps, each with a rounding of values near 1."""

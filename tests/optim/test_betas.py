@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from conjugo.optim.betas import RULES, Products, dai_kou, hager_zhang, ratio
+from conjugo.optim.betas import RULES, Products, constant, dai_kou, hager_zhang, ratio
 
 
 def products(g, g_prev, d_prev, P):
@@ -76,3 +76,9 @@ def test_lower_bounds_of_hager_zhang_and_dai_kou():
     assert hager_zhang(t).item() == pytest.approx(max(plain, -1 / (d.norm().item() * 0.01)))
     value = (g @ y).item() / dy - (y @ y).item() * (g @ d).item() / dy**2
     assert dai_kou(t).item() == pytest.approx(max(value, 0.5 * (g @ d).item() / (d @ d).item()))
+
+
+def test_the_constant_one_looks_at_nothing():
+    for rho in (0.3, np.array([0.0, np.nan, 5.0]), torch.tensor([float("inf"), 0.0])):
+        value = constant(Products(rho=rho, rho_prev=rho, cross=rho))
+        assert np.array_equal(value, np.ones(np.shape(rho)))

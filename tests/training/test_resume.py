@@ -37,6 +37,8 @@ RUNS = {
     "nlcg-hutchinson": replace(TABLE, optimizer="nlcg-hutchinson"),
     "nlcg-gauss-newton with micro-batches": replace(TABLE, optimizer="nlcg-gauss-newton", micro_batch=7),
     "images, nlcg-gauss-newton": replace(IMAGES, optimizer="nlcg-gauss-newton"),
+    "nlcg-kron with micro-batches": replace(TABLE, optimizer="nlcg-kron", micro_batch=7),
+    "images, nlcg-orthogonal": replace(IMAGES, optimizer="nlcg-orthogonal"),
     "images in bfloat16": replace(IMAGES, precision="bfloat16", ema=0.9),
     "images, momentum": replace(IMAGES, optimizer="momentum", micro_batch=8),
 }

@@ -15,6 +15,7 @@ from conjugo._tensors import Array, namespace
 __all__ = [
     "RULES",
     "Products",
+    "constant",
     "dai_kou",
     "dai_yuan",
     "fletcher_reeves",
@@ -106,6 +107,11 @@ def dai_kou(t: Products) -> Array:
     return _at_least(value, 0.5 * ratio(t.gd, t.dd))
 
 
+def constant(t: Products) -> Array:
+    """1, whatever the products are; a limit on beta makes it that limit. The control beside the other formulas."""
+    return 1.0 if isinstance(t.rho, float) else namespace(t.rho).ones_like(t.rho)
+
+
 RULES: dict[str, Callable[[Products], Array]] = {
     "fr": fletcher_reeves,
     "pr": polak_ribiere,
@@ -116,5 +122,5 @@ RULES: dict[str, Callable[[Products], Array]] = {
     "hz": hager_zhang,
     "dai-kou": dai_kou,
 }
-"""The formulas by name. :class:`conjugo.optim.NLCG` offers ``fr`` and ``pr``, the paper's two;
+"""The formulas by name. :class:`conjugo.optim.NLCG` offers ``fr`` and ``pr``, the paper's two, and :func:`constant`;
 :func:`conjugo.optim.minimize` all, ``pr`` and ``hs`` clipped at 0."""

@@ -20,9 +20,11 @@ from conjugo.optim._passes import Move, TensorPasses
 from conjugo.optim._products import drop_graphs, hessian_products
 from conjugo.optim._scoped import ScopedOptimizer
 from conjugo.optim._vectors import Scale
-from conjugo.optim.betas import RULES, Products, ratio
+from conjugo.optim.adaptive_preconditioner import AdamDiagonal
+from conjugo.optim.betas import RULES, Products, constant, ratio
 from conjugo.optim.curvature_preconditioners import CurvatureDiagonal, GaussNewtonDiagonal, Hutchinson
 from conjugo.optim.line_search import LineSearch
+from conjugo.optim.matrix_preconditioners import Kronecker, Orthogonal
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 from conjugo.optim.step_sizes import Constant, StepSize, Verdict
 
@@ -30,6 +32,9 @@ __all__ = ["NLCG", "lars_scale"]
 
 EPS = 1e-8
 """The authors' epsilon: in mode "reference" it is added in denominators and is the shortest step that is taken back."""
+
+
+_RULES = {"fr": RULES["fr"], "pr": RULES["pr"], "constant": constant}
 
 
 class Scalars(NamedTuple):
@@ -84,10 +89,13 @@ class NLCG(ScopedOptimizer):
             *lr*, *weight_decay*, *decoupled*, *lars*, *grad_scale*, *beta_max* and *maximize*.
         lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. A good one for SGD with momentum is a good start.
         rule: ``"fr"`` (Fletcher-Reeves: a momentum that adapts) or ``"pr"`` (Polak-Ribiere: without an exact line
-            search :math:`\beta` is 0 in most steps, so it is close to gradient descent).
+            search :math:`\beta` is 0 in most steps, so it is close to gradient descent); or ``"constant"``:
+            :math:`\beta` is *beta_max* in every step after the first, the control that says what a computed one is worth.
         precond: ``"bfgs"``; ``"none"``; ``"hutchinson"`` or ``"gauss-newton"``, the diagonal of the Hessian or of the
-            Gauss-Newton matrix, which must be measured every few steps (:attr:`needs_curvature`, :meth:`measure`); or a
-            :class:`~conjugo.optim.preconditioners.Preconditioner`.
+            Gauss-Newton matrix, which must be measured every few steps (:attr:`needs_curvature`, :meth:`measure`);
+            ``"adam"``, the scaling of Adam; ``"orthogonal"``, which orthogonalises the gradients of matrices; ``"kron"``,
+            Adam's scaling in an eigenbasis; or a :class:`~conjugo.optim.preconditioners.Preconditioner`. With the
+            last three named ones set *beta_max* below 1, and take a learning rate as for Adam.
         line_search: ``"none"``; ``"online"`` or ``"step"``: when the loss grows against its running average (in every
             step; every *period* steps), the learning rate is reduced and a part of the last move is taken back. Needs the
             loss of each step: ``step(closure)`` or ``step(loss=loss)``. Or a
@@ -127,8 +135,8 @@ class NLCG(ScopedOptimizer):
         maximize: ascend instead of descend.
 
     State, for every parameter from the start: ``direction``; ``grad_prev`` with ``"bfgs"`` or ``"pr"``; ``h`` with
-    ``"bfgs"``, ``curvature`` with ``"hutchinson"`` and ``"gauss-newton"`` (float32, or float64 for float64 parameters);
-    ``scalars``, float64.
+    ``"bfgs"``, ``curvature`` with ``"hutchinson"`` and ``"gauss-newton"``, what their classes say with the others (float32,
+    or float64 for float64 parameters); ``scalars``, float64.
 
     Gradient clipping to a fixed norm makes the Fletcher-Reeves :math:`\beta` 1 in every step: set *beta_max* then.
 
@@ -173,8 +181,9 @@ class NLCG(ScopedOptimizer):
         params: ParamsT,
         lr: float | Tensor = 0.1,
         *,
-        rule: Literal["fr", "pr"] = "fr",
-        precond: Literal["bfgs", "none", "hutchinson", "gauss-newton"] | Preconditioner = "bfgs",
+        rule: Literal["fr", "pr", "constant"] = "fr",
+        precond: Literal["bfgs", "none", "hutchinson", "gauss-newton", "adam", "orthogonal", "kron"]
+        | Preconditioner = "bfgs",
         line_search: Literal["none", "online", "step"] | StepSize = "none",
         period: int = 5,
         threshold: float = 1.0,
@@ -197,7 +206,7 @@ class NLCG(ScopedOptimizer):
         fused: bool | None = None,
         maximize: bool = False,
     ) -> None:
-        self._check_name("rule", rule, ("fr", "pr"))
+        self._check_name("rule", rule, tuple(_RULES))
         self._check_name("removal", removal, ("previous", "current", None))
         self._check_name("mode", mode, ("exact", "reference"))
         self.rule = rule
@@ -584,7 +593,7 @@ class NLCG(ScopedOptimizer):
             rho_prev=sums.rho + EPS if self.mode == "reference" else sums.rho,
             cross=sums.cross,
         )
-        beta = RULES[self.rule](products)
+        beta = _RULES[self.rule](products)
         beta = xp.minimum(beta.clip(min=0.0), self._per_parameter("beta_max"))
         if self.restart_on_ascent:
             uphill = beta * sums.xd > self._pool(rho)  # <g, d> = -<g, P g> + beta <g, d'> > 0
@@ -682,11 +691,14 @@ class NLCG(ScopedOptimizer):
         built_in = DiagonalBFGS(h0=h0, bounds=bounds, reference=self.mode == "reference")
         if isinstance(precond, Preconditioner):
             return precond
-        known = {
+        known: dict[str, Preconditioner] = {
             "bfgs": built_in,
             "none": Identity(),
             "hutchinson": Hutchinson(),
             "gauss-newton": GaussNewtonDiagonal(),
+            "adam": AdamDiagonal(),
+            "orthogonal": Orthogonal(),
+            "kron": Kronecker(),
         }
         self._check_name("precond", precond, tuple(known))
         return known[precond]

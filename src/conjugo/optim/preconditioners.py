@@ -38,6 +38,8 @@ class Block:
     """As the method sees them (scaled, with weight decay), in the type of the state; all 0 in a step that is skipped."""
     curvature: list[Tensor] = field(default_factory=list)
     """Estimates of the diagonal of the Hessian, as the method sees it, where the preconditioner learns from such."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What the preconditioner wants to remember on the host until parameters or state are exchanged; nothing of it is saved."""
 
     def pieces(self) -> list[Tensor]:
         """This rank's pieces of the parameters, on their memory."""

@@ -59,12 +59,12 @@ _BETA_MAX = Tunable("beta_max", 0.8, 1.0, log=False, closed=True)
 _FIRST_STEP = Tunable("first_step", 0.03, 3.0, log=True)
 
 
-def _nlcg(name: str, **options: Any) -> Entry:
+def _nlcg(name: str, lr: float = 0.1, lr_range: tuple[float, float] = (0.01, 10.0), **options: Any) -> Entry:
     return Entry(
         name=name,
         factory=NLCG,
-        lr=0.1,
-        lr_range=(0.01, 10.0),
+        lr=lr,
+        lr_range=lr_range,
         second=_BETA_MAX,
         options=options,
         needs_loss=options.get("line_search", "none") != "none",
@@ -79,6 +79,10 @@ _ENTRIES = (
     _nlcg("nlcg-pr", rule="pr", precond="bfgs"),
     _nlcg("nlcg-hutchinson", rule="fr", precond="hutchinson"),
     _nlcg("nlcg-gauss-newton", rule="fr", precond="gauss-newton"),
+    # <g, P g> hardly falls along a run with these, so that beta needs a limit.
+    _nlcg("nlcg-adam", lr=0.002, lr_range=(1e-4, 0.1), rule="fr", precond="adam", beta_max=0.9),
+    _nlcg("nlcg-orthogonal", lr=0.01, lr_range=(5e-4, 0.3), rule="fr", precond="orthogonal", beta_max=0.9),
+    _nlcg("nlcg-kron", lr=0.004, lr_range=(2e-4, 0.1), rule="fr", precond="kron", beta_max=0.9),
     Entry(name="sgd", factory=SGD, lr=0.1, lr_range=(0.01, 10.0)),
     Entry(name="momentum", factory=SGD, lr=0.1, lr_range=(0.01, 10.0), second=_MOMENTUM, options={"momentum": 0.9}),
     Entry(

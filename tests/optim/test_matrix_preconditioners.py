@@ -1,0 +1,580 @@
+"""Orthogonalised gradients, and Adam in a Kronecker eigenbasis: against twins in NumPy, limits, bad input, resume."""
+
+import copy
+import io
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from tests.contract.problems import assert_same
+from torch import nn
+
+from conjugo.optim import NLCG, matrix_preconditioners
+from conjugo.optim.adaptive_preconditioner import AdamDiagonal
+from conjugo.optim.matrix_preconditioners import Kronecker, Orthogonal, orthogonalized
+
+BAND = (0.65, 1.25)
+"""Where five Newton-Schulz steps bring singular values that are at least 1/1000 of the norm."""
+
+
+def everything(p):
+    """Every parameter with two dimensions or more is a matrix."""
+    return True
+
+
+def nothing(p):
+    return False
+
+
+def gradients(shapes, count, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+        for _ in range(count)
+    ]
+
+
+def parameters(shapes, dtype=torch.float64):
+    return [nn.Parameter(w.to(dtype)) for w in gradients(shapes, 1, seed=99)[0]]
+
+
+def run(optimizer, params, steps):
+    for grads in steps:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.to(p.dtype).clone()
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+def preconditioned(precond, grads, **options):
+    """P g of the last of *grads*: what one parameter moves by with beta = 0 and a learning rate of 1."""
+    p = nn.Parameter(torch.zeros_like(grads[0]))
+    optimizer = NLCG([p], lr=1.0, beta_max=0.0, precond=precond, **options)
+    for g in grads:
+        before = p.detach().clone()
+        p.grad = g.clone()
+        optimizer.step()
+    return before - p.detach()
+
+
+# ---- Adam ----
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_without_memory_it_is_adam_without_momentum(foreach):
+    shapes, results = [(3, 4), (5,), (2, 3, 2), ()], []
+    for make in (
+        lambda p: NLCG(p, lr=0.01, beta_max=0.0, precond="adam", foreach=foreach),
+        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.0, 0.99), eps=1e-8),
+    ):
+        params = parameters(shapes)
+        results.append(run(make(params), params, gradients(shapes, 7)))
+    torch.testing.assert_close(*results, rtol=1e-13, atol=1e-15)
+
+
+def test_adam_and_fletcher_reeves_by_hand():
+    """The whole method, with beta, in NumPy."""
+    beta2, eps, lr, limit = 0.9, 1e-3, 0.1, 0.8
+    shapes, steps = [(4, 3), (6,)], gradients([(4, 3), (6,)], 6)
+    params = parameters(shapes)
+    w = np.concatenate([p.detach().numpy().ravel() for p in params])
+    optimizer = NLCG(params, lr=lr, beta_max=limit, precond=AdamDiagonal(beta2=beta2, eps=eps))
+    found = run(optimizer, params, steps)
+    v, d, before = np.zeros_like(w), np.zeros_like(w), None
+    for n, grads in enumerate(steps, 1):
+        g = np.concatenate([x.numpy().ravel() for x in grads])
+        v = beta2 * v + (1 - beta2) * g**2
+        z = g / (np.sqrt(v / (1 - beta2**n)) + eps)
+        beta = 0.0 if before is None else min(g @ z / before, limit)
+        d, before = beta * d - z, g @ z
+        w = w + lr * d
+    np.testing.assert_allclose(np.concatenate([p.numpy().ravel() for p in found]), w, rtol=1e-12)
+
+
+def test_the_metric_of_adam():
+    params = parameters([(3, 2)])
+    optimizer = NLCG(params, lr=0.1, precond="adam")
+    assert torch.equal(optimizer.metric()[params[0]], torch.ones(3, 2, dtype=torch.float64))
+    (g,) = gradients([(3, 2)], 1)[0]
+    run(optimizer, params, [[g]])
+    torch.testing.assert_close(optimizer.metric()[params[0]] * g, g.sign(), rtol=1e-6, atol=0)
+    for precond in ("orthogonal", "kron"):
+        assert NLCG(parameters([(32, 32), (3,)]), precond=precond).metric() == {}
+
+
+# ---- orthogonal ----
+
+
+def matrix_with(values, rows, columns, seed=0):
+    """A matrix with the singular values *values*, and its factor U V^T."""
+    random = np.random.default_rng(seed)
+    k = len(values)
+    u, v = (np.linalg.qr(random.standard_normal((n, k)))[0] for n in (rows, columns))
+    return torch.from_numpy(u * values @ v.T), u @ v.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "columns"), [(20, 20), (16, 48), (48, 16)])
+def test_singular_values_become_about_one_and_singular_vectors_stay(dtype, rows, columns):
+    values = np.geomspace(1, 2e-3, 16)
+    g, factor = matrix_with(values, rows, columns)
+    z = orthogonalized(g.to(dtype)[None])[0]
+    assert z.dtype == dtype
+    found = np.linalg.svd(z.double().numpy(), compute_uv=False)[:16]
+    assert found.min() > BAND[0]
+    assert found.max() < BAND[1]
+    # The same singular vectors: U^T Z V is diagonal, so Z and the factor differ by the band only.
+    error = np.linalg.norm(z.double().numpy() - factor, 2)
+    assert error < 1 - BAND[0]
+    cosine = (z.double().numpy() * factor).sum() / (np.linalg.norm(z.double().numpy()) * np.linalg.norm(factor))
+    assert cosine > 0.97
+
+
+def test_newton_schulz_step_by_step_on_singular_values():
+    values = np.geomspace(3, 1e-4, 8)
+    g, _ = matrix_with(values, 8, 30)
+    x = values / np.linalg.norm(values)
+    for steps in (1, 2, 5, 7):
+        y = x.copy()
+        for _ in range(steps):
+            y = 3.4445 * y - 4.7750 * y**3 + 2.0315 * y**5
+        found = np.linalg.svd(orthogonalized(g[None], steps)[0].numpy(), compute_uv=False)
+        np.testing.assert_allclose(found, np.sort(y)[::-1], rtol=1e-9)
+
+
+def test_the_scale_and_the_root_mean_square():
+    for shape in ((32, 64), (64, 32), (32, 4, 3, 3)):
+        (g,) = gradients([shape], 1)[0]
+        z = preconditioned("orthogonal", [g])
+        rows, columns = shape[0], math.prod(shape[1:])
+        expected = 0.2 * math.sqrt(max(rows, columns)) * orthogonalized(g.reshape(1, rows, columns))[0]
+        torch.testing.assert_close(z, expected.reshape(shape), rtol=1e-10, atol=1e-12)
+        assert 0.14 < z.square().mean().sqrt().item() < 0.25
+
+
+def test_the_product_of_gradient_and_step_is_a_nuclear_norm():
+    params = parameters([(24, 40)])
+    (g,) = gradients([(24, 40)], 1)[0]
+    optimizer = NLCG(params, precond="orthogonal")
+    run(optimizer, params, [[g]])
+    nuclear = 0.2 * math.sqrt(40) * np.linalg.svd(g.numpy(), compute_uv=False).sum()
+    assert BAND[0] < optimizer.last["rho"].item() / nuclear < BAND[1]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
+def test_the_size_of_a_gradient_does_not_matter(scale):
+    (g,) = gradients([(16, 20)], 1, dtype=torch.float32)[0]
+    torch.testing.assert_close(orthogonalized(g[None] * scale), orthogonalized(g[None]), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_zeros_and_what_is_not_finite_become_zero_and_disturb_no_neighbour(bad):
+    g = torch.stack([x[0] for x in gradients([(16, 16)], 3)])
+    expected = orthogonalized(g)
+    g[1] = 0.0
+    g[1, 2, 3] = bad
+    found = orthogonalized(g)
+    assert torch.equal(found[1], torch.zeros(16, 16, dtype=torch.float64))
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-12, atol=1e-14)
+
+
+def test_rank_one_and_a_single_value():
+    u, v = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.linspace(1, 2, 7, dtype=torch.float64)
+    z = orthogonalized(torch.outer(u, v)[None])[0]
+    values = np.linalg.svd(z.numpy(), compute_uv=False)
+    assert BAND[0] < values[0] < BAND[1]
+    assert values[1:].max() < 1e-12
+    assert BAND[0] < orthogonalized(torch.full((1, 1, 1), 3.0))[0].item() < BAND[1]
+
+
+def test_matrices_of_one_shape_are_worked_on_together(monkeypatch):
+    shapes = [(16, 20)] * 3 + [(20, 16), (30, 30), (16, 4, 5), (7,)]
+    (grads,) = gradients(shapes, 1)
+    calls = []
+
+    def spy(matrices, *args, **options):
+        calls.append(tuple(matrices.shape))
+        return orthogonalized(matrices, *args, **options)
+
+    monkeypatch.setattr(matrix_preconditioners, "orthogonalized", spy)
+    params = parameters(shapes)
+    before = [p.detach().clone() for p in params]
+    after = run(NLCG(params, lr=1.0, precond="orthogonal"), params, [grads])
+    assert sorted(calls) == [(1, 30, 30), (5, 16, 20)]
+    for a, b, g in zip(before[:-1], after, grads):
+        torch.testing.assert_close(a - b, preconditioned("orthogonal", [g]), rtol=1e-9, atol=1e-12)
+    calls.clear()
+    monkeypatch.setattr(matrix_preconditioners, "_BATCH", 700)  # two of them
+    params = parameters(shapes)
+    bounded = run(NLCG(params, lr=1.0, precond="orthogonal"), params, [grads])
+    assert sorted(calls) == [(1, 16, 20), (1, 30, 30), (2, 16, 20), (2, 16, 20)]
+    torch.testing.assert_close(bounded, after, rtol=1e-12, atol=1e-14)
+
+
+def test_which_parameters_are_matrices():
+    chosen = Orthogonal()
+    for shape, expected in {
+        (16, 16): True,
+        (64, 3, 3, 3): True,
+        (128, 1024): True,
+        (15, 64): False,  # a head with few classes
+        (8192, 512): False,  # an embedding
+        (64, 1, 3, 3): False,  # a kernel for each channel
+        (64,): False,
+        (): False,
+        (0, 16): False,
+    }.items():
+        assert chosen.is_matrix(torch.zeros(shape)) == expected, shape
+        assert not Orthogonal(matrices=nothing).is_matrix(torch.zeros(shape))
+        assert Orthogonal(matrices=everything).is_matrix(torch.zeros(shape)) == (len(shape) > 1 and 0 not in shape)
+    assert not chosen.is_matrix(torch.zeros(16, 16, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("kind", [Orthogonal, Kronecker])
+def test_what_is_no_matrix_is_scaled_as_adam_does(kind):
+    shapes, steps = [(20, 20), (5,)], gradients([(20, 20), (5,)], 6)
+    params, others = parameters(shapes), parameters(shapes)
+    mixed = NLCG(params, lr=0.1, beta_max=0.0, precond=kind(matrices=nothing))
+    adam = NLCG(others, lr=0.1, beta_max=0.0, precond=AdamDiagonal(beta2=0.95))
+    found = run(mixed, params, steps[:1])
+    if kind is Kronecker:  # where no first step moves anything
+        assert_same(found, [p.detach() for p in parameters(shapes)])
+        with torch.no_grad():
+            for p, q in zip(params, run(adam, others, steps[:1]), strict=True):
+                p.copy_(q)
+    else:
+        run(adam, others, steps[:1])
+    torch.testing.assert_close(run(mixed, params, steps[1:]), run(adam, others, steps[1:]), rtol=1e-13, atol=1e-15)
+
+
+def test_polak_ribiere_takes_what_p_made_of_the_previous_gradient():
+    shapes, steps = [(16, 18)], gradients([(16, 18)], 2)
+    steps[1][0] = 2 * steps[0][0] + 0.1 * steps[1][0]
+    params = parameters(shapes)
+    optimizer = NLCG(params, lr=0.1, rule="pr", precond="orthogonal")
+    run(optimizer, params, steps)
+    (g_prev,), (g,) = steps
+    z_prev, z = (0.2 * math.sqrt(18) * orthogonalized(x[None])[0] for x in (g_prev, g))
+    expected = (g * z).sum() - (g * z_prev).sum()
+    expected = (expected / (g_prev * z_prev).sum()).clamp(0, 1)
+    assert optimizer.last["beta"].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+# ---- Kronecker ----
+
+
+class Twin:
+    """The method on one matrix in NumPy float64, with the exact eigenvectors wherever the basis is new."""
+
+    def __init__(self, shape, *, beta2, decay, period, damping, eps):
+        m, n = shape
+        self.left, self.right, self.v = np.zeros((m, m)), np.zeros((n, n)), np.zeros(shape)
+        self.q, self.r = np.eye(m), np.eye(n)
+        self.beta2, self.decay, self.period, self.damping, self.eps = beta2, decay, period, damping, eps
+        self.n = 0
+
+    @staticmethod
+    def power(mean, basis):
+        order = np.argsort(-np.einsum("ij,ij->j", basis, mean @ basis), kind="stable")
+        return np.linalg.qr(mean @ basis[:, order])[0], order
+
+    def step(self, g):
+        if self.n == 1:
+            self.q, self.r = (np.linalg.eigh(x)[1][:, ::-1] for x in (self.left, self.right))
+        elif self.n > 1 and (self.n - 1) % self.period == 0:
+            self.q, rows = self.power(self.left, self.q)
+            self.r, columns = self.power(self.right, self.r)
+            self.v = self.v[rows][:, columns]
+        z = np.zeros_like(g)
+        if self.n:
+            rotated = self.q.T @ g @ self.r
+            self.v = self.beta2 * self.v + (1 - self.beta2) * rotated**2
+            root = np.sqrt(self.v / (1 - self.beta2**self.n))
+            root = root + self.damping * np.sqrt((root**2).mean())
+            z = self.q @ (rotated / (root + self.eps)) @ self.r.T
+        self.left = self.decay * self.left + (1 - self.decay) * g @ g.T
+        self.right = self.decay * self.right + (1 - self.decay) * g.T @ g
+        self.n += 1
+        return z
+
+
+@pytest.mark.parametrize("period", [1, 3, 10])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_twin(period, foreach):
+    options = {"beta2": 0.9, "decay": 0.8, "period": period, "damping": 0.01, "eps": 1e-6}
+    shape, lr, limit = (6, 6), 0.05, 0.7
+    steps = gradients([shape], 25)  # square and of full rank, so that no eigenvalue is 0
+    params = parameters([shape])
+    w = params[0].detach().numpy().copy()
+    optimizer = NLCG(params, lr=lr, beta_max=limit, precond=Kronecker(**options), foreach=foreach)
+    twin, d, before = Twin(shape, **options), np.zeros(shape), 0.0
+    for grads in steps:
+        (found,) = run(optimizer, params, [grads])
+        g = grads[0].numpy()
+        z = twin.step(g)
+        rho = (g * z).sum()
+        beta = min(rho / before, limit) if before > 0 else 0.0
+        d, before = beta * d - z, rho
+        w = w + lr * d
+        np.testing.assert_allclose(found.numpy(), w, rtol=1e-7, atol=1e-9)
+        assert optimizer.last["beta"].item() == pytest.approx(beta, rel=1e-7)
+    state = optimizer.state[params[0]]
+    np.testing.assert_allclose(state["left"].numpy(), twin.left, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(state["right"].numpy(), twin.right, rtol=1e-12, atol=1e-14)
+    assert state["updates"].item() == 25
+
+
+def test_in_the_identity_basis_it_is_adam(monkeypatch):
+    """Bases that stay what they are: the second moments are Adam's, from the second gradient on."""
+    monkeypatch.setattr(Kronecker, "_renew_due", lambda *args: None)
+    shapes, steps = [(5, 4), (3, 2, 2)], gradients([(5, 4), (3, 2, 2)], 8)
+    params, others = parameters(shapes), parameters(shapes)
+    found = run(
+        NLCG(params, lr=0.01, beta_max=0.0, precond=Kronecker(damping=0.0, beta2=0.95, eps=1e-6)), params, steps
+    )
+    expected = run(torch.optim.Adam(others, lr=0.01, betas=(0.0, 0.95), eps=1e-6), others, steps[1:])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_eigenbasis_of_a_covariance_is_found():
+    """Gradients A X B with random X: the means are near A A^T and B^T B, and the power iteration follows them."""
+    random = np.random.default_rng(3)
+    u, v = (np.linalg.qr(random.standard_normal((n, n)))[0] for n in (6, 8))
+    a, b = np.geomspace(10, 0.1, 6), np.geomspace(10, 0.1, 8)
+    params = parameters([(6, 8)])
+    optimizer = NLCG(params, lr=0.0, precond=Kronecker(decay=0.999, period=1))
+    for _ in range(1500):
+        g = (u * a) @ random.standard_normal((6, 8)) @ (v * b).T
+        run(optimizer, params, [[torch.from_numpy(g)]])
+    state = optimizer.state[params[0]]
+    for basis, truth in ((state["left_basis"], u), (state["right_basis"], v)):
+        found = np.abs(basis.numpy().T @ truth)
+        np.testing.assert_allclose(np.diag(found), 1.0, atol=0.02)
+        np.testing.assert_allclose(basis.numpy().T @ basis.numpy(), np.eye(len(truth)), atol=1e-12)
+    # There v is the product of the variances, and P g is of one size.
+    expected = np.outer(a, b) ** 2
+    ratio = state["square"].numpy() / expected
+    assert 0.2 < np.exp(np.log(ratio).mean()) < 1.5
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("kind", ["adam", "orthogonal", "kron"])
+def test_the_step_does_not_depend_on_the_scale_of_the_loss(kind, scale):
+    """What the direction is made of is the same, <g, P g> grows with the loss, beta stays."""
+    precond = {
+        "adam": AdamDiagonal(eps=1e-30),
+        "orthogonal": Orthogonal(matrices=everything, eps=1e-30),
+        "kron": Kronecker(eps=1e-30, period=2),
+    }[kind]
+    shapes, steps = [(6, 6), (4,)], gradients([(6, 6), (4,)], 6)
+    results, sizes, betas = [], [], []
+    for factor in (1.0, scale):
+        params = parameters(shapes)
+        optimizer = NLCG(params, lr=0.01, beta_max=0.95, precond=precond)
+        results.append(run(optimizer, params, [[factor * g for g in grads] for grads in steps]))
+        sizes.append(optimizer.last["rho"].item())
+        betas.append(optimizer.last["beta"].item())
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
+    assert sizes[1] / sizes[0] == pytest.approx(scale, rel=1e-6)
+    assert betas[0] == pytest.approx(betas[1], rel=1e-6)
+
+
+def test_sides_that_are_too_large_have_no_basis_and_are_named_once(caplog):
+    matrix_preconditioners._log_too_large.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            params = parameters([(5, 4), (4, 5), (5, 6), (3, 4), (3, 1)])
+            optimizer = NLCG(params, lr=0.1, precond=Kronecker(max_dim=4))
+    kept = [sorted(name for name in optimizer.state[p] if "_basis" in name) for p in params]
+    assert kept == [["right_basis"], ["left_basis"], [], ["left_basis", "right_basis"], ["left_basis"]]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert "a matrix of shape (5, 4) has more than max_dim=4 rows: no basis there" in said[0]
+    assert "rows and columns" in said[2]
+    run(optimizer, params, gradients([p.shape for p in params], 5))
+    assert all(p.isfinite().all() for p in params)
+    assert "left" not in optimizer.state[params[2]]  # Adam's scaling
+
+
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_the_host_looks_at_the_counts_only_when_a_basis_may_be_due(period, monkeypatch):
+    turns, reads = [], []
+    renew, tolist = Kronecker._renew, torch.Tensor.tolist
+    monkeypatch.setattr(
+        Kronecker, "_renew", lambda self, state, **o: turns.append(state["updates"].item()) or renew(self, state, **o)
+    )
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
+    params = parameters([(4, 4)])
+    optimizer = NLCG(params, lr=0.1, precond=Kronecker(period=period))
+    run(optimizer, params, gradients([(4, 4)], 21))
+    assert turns == list(range(1, 21, period))
+    assert len(reads) <= 21 if period == 1 else len(reads) <= 2 * len(turns) + 1
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "kron"])
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
+def test_a_skipped_step_neither_learns_nor_renews(kind, at):
+    """Also where a basis is due in that very step."""
+    shapes, steps = [(16, 16), (3,)], gradients([(16, 16), (3,)], 6)
+    params, twins = parameters(shapes), parameters(shapes)
+    precond = Kronecker(period=2) if kind == "kron" else kind
+    optimizer, other = (NLCG(ps, lr=0.1, beta_max=0.9, precond=precond) for ps in (params, twins))
+    run(optimizer, params, steps[:at])
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    bad = [g.clone() for g in steps[at]]
+    bad[0][2, 3] = math.nan
+    run(optimizer, params, [bad, bad])
+    after = optimizer.state_dict()["state"]
+    for i in before:
+        for name in before[i]:
+            same = slice(None, -1) if name == "scalars" else ...
+            assert torch.equal(before[i][name][same], after[i][name][same]), name
+    assert_same(run(optimizer, params, steps[at:]), run(other, twins, steps))
+
+
+def test_gradients_whose_squares_overflow_are_left_out_and_counted():
+    params = parameters([(4, 4), (4, 4)], dtype=torch.float32)
+    optimizer = NLCG(params, lr=0.1, precond=Kronecker(matrices=everything), foreach=True)
+    steps = gradients([(4, 4), (4, 4)], 4, dtype=torch.float32)
+    run(optimizer, params, steps[:3])
+    before = copy.deepcopy(optimizer.state[params[0]])
+    huge = [1e25 * steps[3][0], steps[3][1]]
+    run(optimizer, params, [huge])
+    state = optimizer.state[params[0]]
+    assert int(optimizer.skipped_steps) == 0  # its norm is finite in float64
+    assert state["bad_updates"].item() == 1
+    assert optimizer.state[params[1]]["bad_updates"].item() == 0
+    for name in ("square", "left", "right", "left_basis", "right_basis", "updates", "renewed"):
+        assert torch.equal(before[name], state[name]), name
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_a_basis_that_is_not_found_is_counted_and_tried_again(monkeypatch):
+    def fails(*args):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    params = parameters([(4, 4)])
+    optimizer = NLCG(params, lr=0.1, precond=Kronecker())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fails)
+        run(optimizer, params, gradients([(4, 4)], 2))
+    state = optimizer.state[params[0]]
+    assert (state["bad_updates"].item(), state["renewed"].item()) == (1, 0)
+    assert torch.equal(state["left_basis"], torch.eye(4, dtype=torch.float64))
+    run(optimizer, params, gradients([(4, 4)], 1))
+    assert (state["bad_updates"].item(), state["renewed"].item()) == (1, 2)
+    assert params[0].isfinite().all()
+
+
+def test_gradients_of_zero_leave_the_basis_to_find():
+    params = parameters([(4, 4)])
+    before = params[0].detach().clone()
+    optimizer = NLCG(params, lr=0.1, precond="kron")
+    zero = torch.zeros(4, 4, dtype=torch.float64)
+    run(optimizer, params, [[zero]] * 3)
+    assert torch.equal(before, params[0])
+    assert optimizer.state[params[0]]["renewed"].item() == 0
+    run(optimizer, params, gradients([(4, 4)], 3))
+    assert optimizer.state[params[0]]["renewed"].item() == 4
+    assert params[0].isfinite().all()
+
+
+# ---- all of them ----
+
+
+PRECONDS = {
+    "adam": AdamDiagonal(),
+    "orthogonal": Orthogonal(),
+    "kron": Kronecker(period=3),
+}
+
+
+@pytest.mark.parametrize("rule", ["fr", "pr", "constant"])
+@pytest.mark.parametrize("kind", PRECONDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(kind, rule, dtype):
+    shapes = [(16, 20), (20, 16), (16, 20), (5,), (10, 16)]
+    params = parameters(shapes, dtype)
+    steps = gradients(shapes, 14, dtype=dtype)
+    options = {"lr": 0.01, "beta_max": 0.9, "rule": rule, "precond": PRECONDS[kind], "weight_decay": 0.01}
+    optimizer = NLCG(params, **options)
+    for at in range(len(steps)):
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        resumed = copy.deepcopy(params)
+        fresh = NLCG(resumed, **options)
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        assert_same(run(fresh, resumed, steps[at : at + 2]), run_ahead(optimizer, params, steps[at : at + 2]))
+        run(optimizer, params, steps[at : at + 1])
+    vectors = [t for s in optimizer.state.values() for t in s.values() if t.ndim > 1]
+    assert {t.dtype for t in vectors} == {torch.float32}
+
+
+def run_ahead(optimizer, params, steps):
+    """What *steps* would make of the parameters."""
+    ahead = copy.deepcopy(optimizer)
+    return run(ahead, [p for group in ahead.param_groups for p in group["params"]], steps)
+
+
+@pytest.mark.parametrize("kind", PRECONDS)
+def test_lists_and_single_tensors_agree(kind):
+    shapes = [(16, 20), (20, 16), (16, 20), (5,), (16, 3, 3, 3)]
+    steps = gradients(shapes, 12)
+    results = []
+    for foreach in (False, True):
+        params = parameters(shapes)
+        optimizer = NLCG(params, lr=0.01, beta_max=0.9, precond=PRECONDS[kind], foreach=foreach)
+        results.append(run(optimizer, params, steps))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", PRECONDS)
+def test_kernels_in_channels_last_are_the_same_matrices(kind):
+    shape, results = (16, 4, 3, 3), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        params = [nn.Parameter(p.detach().clone(memory_format=layout)) for p in parameters([shape])]
+        optimizer = NLCG(params, lr=0.01, beta_max=0.9, precond=PRECONDS[kind], foreach=True)
+        for (g,) in gradients([shape], 8):
+            params[0].grad = g.clone(memory_format=layout)
+            optimizer.step()
+        assert params[0].is_contiguous(memory_format=layout)
+        results.append(params[0].detach().contiguous())
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (AdamDiagonal, {"beta2": 1.0}, r"AdamDiagonal: beta2 must be in \[0, 1\), got 1.0"),
+        (AdamDiagonal, {"eps": 0.0}, r"AdamDiagonal: eps must be in \(0, inf\), got 0.0"),
+        (Orthogonal, {"beta2": -0.1}, r"Orthogonal: beta2 must be in \[0, 1\), got -0.1"),
+        (Orthogonal, {"steps": 0}, "Orthogonal: steps must be an integer >= 1, got 0"),
+        (Orthogonal, {"steps": True}, "Orthogonal: steps must be an integer >= 1, got True"),
+        (Orthogonal, {"scale": math.inf}, r"Orthogonal: scale must be in \(0, inf\), got inf"),
+        (Kronecker, {"decay": 1.0}, r"Kronecker: decay must be in \[0, 1\), got 1.0"),
+        (Kronecker, {"period": 0}, "Kronecker: period must be an integer >= 1, got 0"),
+        (Kronecker, {"damping": -1.0}, r"Kronecker: damping must be in \[0, inf\), got -1.0"),
+        (Kronecker, {"max_dim": 0}, "Kronecker: max_dim must be an integer >= 1, got 0"),
+        (Kronecker, {"eps": math.nan}, r"Kronecker: eps must be in \(0, inf\), got nan"),
+    ],
+)
+def test_bad_options_are_named(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+def test_the_constant_rule():
+    shapes, steps, lr, limit = [(4, 3)], gradients([(4, 3)], 6), 0.1, 0.7
+    params = parameters(shapes)
+    w = params[0].detach().clone()
+    optimizer = NLCG(params, lr=lr, rule="constant", beta_max=limit, precond="none")
+    d = torch.zeros_like(w)
+    for t, grads in enumerate(steps):
+        run(optimizer, params, [grads])
+        d = (limit if t else 0.0) * d - grads[0]
+        w = w + lr * d
+        assert optimizer.last["beta"].item() == (limit if t else 0.0)
+        torch.testing.assert_close(params[0].detach(), w, rtol=1e-13, atol=1e-15)
