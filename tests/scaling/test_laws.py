@@ -15,7 +15,7 @@ from conjugo.scaling import (
     scale_adam,
     scale_lr,
 )
-from conjugo.scaling.laws import Interval, steps
+from conjugo.scaling.laws import steps
 
 
 def test_at_the_critical_batch_steps_and_examples_are_twice_their_least():
@@ -113,10 +113,6 @@ def test_adam_by_the_square_root():
         scale_adam(1e-3, (0.9, 0.999), 1e-8, k=16)
 
 
-def test_an_interval_is_scaled_as_a_whole():
-    assert Interval(2.0, 1.0, 4.0).scaled(3) == (6, 3, 12)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -126,6 +122,7 @@ def test_an_interval_is_scaled_as_a_whole():
         (lambda: fit_critical_batch([8, 8], [1, 2]), "different batches"),
         (lambda: fit_critical_batch([8, 9], [1]), "number of measurements"),
         (lambda: fit_critical_batch([8, 9], [1, 0]), "the steps"),
+        (lambda: fit_critical_batch([0, 9], [1, 2]), "the batches"),
         (lambda: efficient_batch(8, 1), "efficiency"),
         (lambda: fastest_batch(-1, 1, 1), "fixed"),
         (lambda: fastest_batch(1, 0, 1), "per_example"),

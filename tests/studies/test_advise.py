@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shlex
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -20,9 +21,11 @@ from conjugo.cli.train import Arguments
 from conjugo.optim import NLCG
 from conjugo.scaling.laws import optimal_lr
 from conjugo.studies import advice_plots, advise
-from conjugo.studies.advice import duration, lr_power, size
+from conjugo.studies.advice import duration, size
+from conjugo.studies.probes import Problem
+from conjugo.training.optimizers import names
 
-LIMIT = {"seconds": 600.0, "max_examples": 60_000}
+LIMIT = {"max_examples": 60_000}
 
 
 def data(n=512, d=8):
@@ -99,31 +102,92 @@ def test_model_gradients_optimizer_and_random_numbers_stay_as_they_were(make, br
     assert model.training
 
 
-def test_a_given_optimizer_is_gone_on_with():
-    """Adam whose state knows the gradients already takes other steps than a fresh one; ratios of learning rates are kept."""
-    model = network()
-    optimizer = torch.optim.Adam(
-        [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.01}]
-    )
+def made_by(monkeypatch):
+    """The optimizers of all probes that are made from now on."""
     made = []
-    original = torch.optim.Adam.load_state_dict
+    original = Problem.fresh
 
-    def spy(self, state):
-        made.append(self)
-        return original(self, state)
+    def spy(self, lr):
+        model, optimizer = original(self, lr)
+        made.append((lr, optimizer))
+        return model, optimizer
 
+    monkeypatch.setattr(Problem, "fresh", spy)
+    return made
+
+
+def test_a_given_optimizer_is_gone_on_with(monkeypatch):
+    """With its state, its settings and the ratios of its learning rates, frozen parameters and a warm-up that is at 0."""
+    model = network()
+    model[0].bias.requires_grad_(False)
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.01}]
+    optimizer = torch.optim.Adam(groups, amsgrad=True)
     inputs, targets = data()
     F.cross_entropy(model(inputs), targets).backward()
     optimizer.step()
-    torch.optim.Adam.load_state_dict = spy
-    try:
-        advise(model, F.cross_entropy, (inputs, targets), optimizer, mode="fast", **{**LIMIT, "max_examples": 5000})
-    finally:
-        torch.optim.Adam.load_state_dict = original
-    assert made
-    assert all(float(o.param_groups[0]["lr"]) == pytest.approx(10 * float(o.param_groups[1]["lr"])) for o in made)
+    for group in optimizer.param_groups:
+        group["initial_lr"], group["lr"] = group["lr"], 0.0
+    made = made_by(monkeypatch)
+    advise(model, F.cross_entropy, (inputs, targets), optimizer, mode="fast", max_examples=8000)
+    assert len(made) > 5
     own = {id(p) for p in model.parameters()}
-    assert not any(id(p) in own for o in made for g in o.param_groups for p in g["params"])
+    for lr, other in made:
+        assert [float(group["lr"]) for group in other.param_groups] == pytest.approx([lr, lr / 10])
+        assert other.defaults["amsgrad"]
+        assert not any(id(p) in own for g in other.param_groups for p in g["params"])
+        step = next(iter(other.state.values()))["step"]
+        assert float(step) >= 1
+
+
+def test_nlcg_keeps_what_is_in_no_group(monkeypatch):
+    model = network()
+    inputs, targets = data()
+    given = NLCG(model.parameters(), lr=0.1, rule="pr", line_search="online")
+    made = made_by(monkeypatch)
+    advise(model, F.cross_entropy, (inputs, targets), given, mode="fast", max_examples=20_000)
+    assert made
+    assert all(other.rule == "pr" and other.needs_loss for _, other in made)
+
+
+@pytest.mark.parametrize(
+    ("given", "power", "factor"),
+    [
+        ("sgd", 1.0, 2.5),
+        ("momentum", 1.0, 5.0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1.0, 5.0),
+        (lambda p: torch.optim.NAdam(p, lr=0.1), 0.5, 2.5),
+        (lambda p: NLCG(p, lr=0.1), 0.75, 2.5),
+    ],
+)
+def test_what_an_optimizer_is_goes_by_itself_and_not_by_its_name(given, power, factor):
+    model = network()
+    optimizer = given if isinstance(given, str) else given(model.parameters())
+    found = advise(model, F.cross_entropy, data(), optimizer, target_loss=0.4, mode="fast", **LIMIT)
+    assert found.lr_power == power
+    b_crit = found.critical_batch
+    assert b_crit.high / b_crit.low == pytest.approx(factor**2, rel=0.05)
+    if not isinstance(given, str):
+        with pytest.raises(ValueError, match="the optimizer must be one of conjugo train"):
+            found.command()
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in ("nlcg-hutchinson", "nlcg-gauss-newton")])
+def test_every_optimizer_of_the_catalogue_can_be_asked_about(name):
+    found = advise(network(), F.cross_entropy, data(), name, mode="fast", max_examples=20_000)
+    assert found.target_loss < 0.75
+
+
+def test_optimizers_that_measure_curvature_are_given_it():
+    found = advise(network(), F.cross_entropy, data(), "nlcg-hutchinson", mode="fast", max_examples=6000)
+    assert found.target_loss < 0.7
+
+
+def test_an_optimizer_without_learning_rate_and_one_with_closures_are_refused():
+    model = network()
+    with pytest.raises(ValueError, match="learning rate of the optimizer must be > 0"):
+        advise(model, F.cross_entropy, data(), torch.optim.SGD(model.parameters(), lr=0.0), **LIMIT)
+    with pytest.raises(ValueError, match="steps need no closure"):
+        advise(model, F.cross_entropy, data(), torch.optim.LBFGS(model.parameters()), **LIMIT)
 
 
 def test_an_optimizer_of_another_model_is_refused():
@@ -182,6 +246,82 @@ def test_the_unit_of_the_loss_goes_into_the_learning_rate_only(advice):
         assert found.steps(batch).value == pytest.approx(advice.steps(batch).value, rel=1e-6)
 
 
+@pytest.mark.parametrize("extra", [(), (nn.BatchNorm1d(16),)])
+def test_micro_batches_are_kept_to_and_change_neither_steps_nor_their_time(extra, advice):
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, inputs):
+            seen.append(len(inputs))
+            return super().forward(inputs)
+
+    torch.manual_seed(0)
+    plain = network(extra=extra)
+    model = nn.Sequential(Watched(8, 16), *plain[1:])
+    model.load_state_dict(plain.state_dict())
+    found = advise(model, F.cross_entropy, data(500), "sgd", target_loss=0.3, micro_batch=9, **LIMIT)
+    assert max(seen) <= 16 if extra else max(seen) <= 9  # the noise of batch norm is measured with 16 at least
+    assert min(seen) >= 2
+    # A step with 512 examples takes 57 passes.
+    small, large = found.step_time.measured[0][0], found.step_time.measured[-1][0]
+    assert small == 9
+    assert found.step_time.seconds(large) > 2 * found.step_time.seconds(small)
+
+
+def test_more_time_than_examples_asks_for_makes_no_difference():
+    def slow(outputs, targets):
+        time.sleep(0.002)
+        return F.cross_entropy(outputs, targets)
+
+    quick = advise(network(), F.cross_entropy, data(), "sgd", target_loss=0.5, mode="fast", max_examples=10_000)
+    later = advise(network(), slow, data(), "sgd", target_loss=0.5, mode="fast", max_examples=10_000)
+    assert untimed(quick) == untimed(later)
+
+
+def test_data_that_draw_random_numbers_are_the_same_again():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 256
+
+        def __getitem__(self, i):
+            jitter = torch.rand(8) + np.random.rand() + random.random()  # noqa: NPY002
+            return data()[0][i] + 0.01 * jitter, data()[1][i]
+
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        state = random.getstate()
+        found.append(untimed(advise(network(), F.cross_entropy, Noisy(), "sgd", mode="fast", max_examples=8000)))
+        assert random.getstate() == state
+    assert found[0] == found[1]
+
+
+def test_buffers_that_are_replaced_are_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = network()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, inputs):
+            self.calls = self.calls + 1
+            return self.linear(inputs)
+
+    model = Counting()
+    advise(model, F.cross_entropy, data(), "sgd", mode="fast", max_examples=5000)
+    assert model.calls == 0
+
+
+def test_bfloat16_models():
+    model = network().bfloat16()
+    inputs, targets = data()
+    found = advise(model, F.cross_entropy, (inputs.bfloat16(), targets), "sgd", mode="fast", max_examples=20_000)
+    assert found.lambda_max > 0
+    assert not any("curvature" in warning for warning in found.warnings)
+
+
 # What it says holds -----------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +378,13 @@ def test_batches_that_are_advised(advice):
     assert advice.useful_batch == round(b_crit)
     assert advice.recommended_batch <= advice.max_batch
     assert 2 ** int(math.log2(advice.recommended_batch)) == advice.recommended_batch
+    for efficiency in (0.3, 0.5, 0.8):
+        careful = replace(advice, efficiency=efficiency)
+        reached = 1 / (1 + careful.recommended_batch / b_crit)
+        assert reached >= efficiency * 0.999 or careful.recommended_batch == advice.world_size
+    many = replace(advice, world_size=96)
+    assert many.recommended_batch >= 96
+    assert min(many.batches()) >= 96
     grid = range(2, advice.max_batch + 1)
     fastest = min(grid, key=lambda batch: advice.seconds_to_target(batch))
     if 4 < advice.fastest_batch < advice.max_batch:
@@ -252,7 +399,7 @@ def test_batches_that_are_advised(advice):
 
 @pytest.mark.parametrize("name", ["adam", "nlcg", "momentum"])
 def test_other_optimizers(name):
-    found = advise(network(), F.cross_entropy, data(), name, target_loss=0.3, **LIMIT)
+    found = advise(network(), F.cross_entropy, data(), name, target_loss=0.3, max_examples=200_000)
     assert found.reached
     assert len(found.probes) == 3
     assert found.noise_along[0].metric == {"adam": "adamw", "nlcg": "nlcg", "momentum": "euclidean"}[name]
@@ -312,7 +459,6 @@ def test_table_sentences_numbers_and_picture(advice, tmp_path):
 def test_units():
     assert (duration(0.5), duration(200), duration(7200)) == ("500 ms", "3.33 min", "2 h")
     assert (size(0), size(3 * 2**30)) == ("0 B", "3.0 GiB")
-    assert (lr_power("sgd"), lr_power("adam"), lr_power("nlcg-pr")) == (1, 0.5, 0.75)
 
 
 # Bad input --------------------------------------------------------------------------------------------------------------
@@ -324,6 +470,7 @@ def test_units():
         ({"mode": "branhc"}, "did you mean 'branch'"),
         ({"seconds": 0}, "seconds must be > 0"),
         ({"max_examples": 0}, "max_examples must be > 0"),
+        ({"micro_batch": 1, "norm": True}, "micro_batch must be at least 2 with batch norm"),
         ({"efficiency": 1.0}, r"efficiency must be in \(0, 1\)"),
         ({"target_loss": math.nan}, "target_loss must be finite"),
         ({"target_loss": 99.0}, "target_loss must be below"),
@@ -337,8 +484,9 @@ def test_units():
 )
 def test_bad_arguments_are_named(change, message):
     arguments = {"optimizer": "sgd", **LIMIT, **change}
+    model = network(extra=(nn.BatchNorm1d(16),) if arguments.pop("norm", False) else ())
     with pytest.raises(ValueError, match=message):
-        advise(network(), F.cross_entropy, data(), **arguments)
+        advise(model, F.cross_entropy, data(), **arguments)
 
 
 def test_models_and_losses_that_cannot_be_are_named():
@@ -347,8 +495,12 @@ def test_models_and_losses_that_cannot_be_are_named():
         advise(frozen, F.cross_entropy, data(), **LIMIT)
     with pytest.raises(ValueError, match="the loss"):
         advise(network(), lambda o, t: F.cross_entropy(o, t) * math.nan, data(), **LIMIT)
+    with pytest.raises(ValueError, match=r"the loss of a batch must be a 0-d tensor, got \(\d+,\)"):
+        advise(network(), lambda o, t: F.cross_entropy(o, t, reduction="none"), data(), **LIMIT)
+    with pytest.raises(ValueError, match="there was not enough time"):
+        advise(network(), F.cross_entropy, data(), seconds=0.01)
     with pytest.raises(ValueError, match="no learning rate brings the loss down"):
-        advise(network(), lambda o, t: 0 * F.cross_entropy(o, t) + 1, data(), **{**LIMIT, "max_examples": 5000})
+        advise(network(), lambda o, t: 0 * F.cross_entropy(o, t) + 1, data(), **{**LIMIT, "max_examples": 200_000})
 
 
 def test_a_batch_below_one_is_refused(advice):
@@ -358,14 +510,14 @@ def test_a_batch_below_one_is_refused(advice):
         advice.lr(0.5)
 
 
-def test_an_optimizer_that_cannot_be_made_again_is_told():
+def test_an_optimizer_that_cannot_be_copied_is_told():
     class Strange(torch.optim.SGD):
-        def __init__(self, params, secret, **options):
-            super().__init__(params, lr=0.1)
+        def __deepcopy__(self, memo):
+            raise TypeError("not this one")
 
     model = network()
-    with pytest.raises(ValueError, match=r"Strange cannot be made anew .*pass a function of \(parameters, lr\)"):
-        advise(model, F.cross_entropy, data(), Strange(model.parameters(), 1), **LIMIT)
+    with pytest.raises(ValueError, match=r"Strange cannot be copied \(not this one\).* function of \(parameters, lr\)"):
+        advise(model, F.cross_entropy, data(), Strange(model.parameters(), 0.1), **LIMIT)
 
 
 def test_nlcg_goes_on_with_its_state():

@@ -76,6 +76,34 @@ def test_inputs_may_be_nested():
     assert torch.equal(taken["y"][0], inputs[3:4] * 2)
 
 
+def test_datasets_of_something_else_are_named_when_they_are_asked():
+    class Named(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return {"x": torch.zeros(2), "y": 1}
+
+    with pytest.raises(ValueError, match="what the dataset gives must be a pair"):
+        Examples(Named(), CPU).take(torch.tensor([0, 1]))
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match="data must be"):
+        Examples(Stream(), CPU)
+
+
+def test_inputs_may_be_a_pair():
+    inputs, targets = data()
+    taken = Examples(((inputs, 2 * inputs), targets), CPU).take(torch.tensor([7]))
+    assert torch.equal(taken[0][1], 2 * inputs[7:8])
+    assert torch.equal(taken[1], targets[7:8])
+    two = Examples(((inputs, targets), (inputs, targets)), CPU)  # two batches
+    assert two.n == 192
+
+
 @pytest.mark.parametrize(
     ("form", "message"),
     [
@@ -83,6 +111,9 @@ def test_inputs_may_be_nested():
         ((torch.zeros(1, 1), torch.zeros(1)), "number of examples"),
         ([torch.zeros(4)], "a batch"),
         ([], "number of examples"),
+        (torch.zeros(4, 1), "data must be"),
+        ({"x": torch.zeros(4, 1)}, "data must be"),
+        ([(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4))], "a batch"),
     ],
 )
 def test_data_that_are_none_are_named(form, message):
@@ -210,6 +241,25 @@ def test_when_the_time_is_over_the_target_is_what_the_leader_reached():
     whole.clock = Clock(examples=4 * 60)
     again = race(whole, 4, [0.25, 0.5, 1.0], target=None)
     assert again.target == found.target
+
+
+@pytest.mark.parametrize("examples", range(150, 420, 14))
+def test_wherever_the_clock_stops_it_the_larger_of_three_good_rates_wins(examples):
+    """All are far below the limit of stability: the largest is the best, however many steps each has had."""
+    whole = quadratic([1.0, 0.01])
+    whole.clock = Clock(examples=examples)
+    found = race(whole, 4, [0.05, 0.06, 0.07], target=None)
+    assert found.lr == 0.07
+    assert not found.bracketed
+
+
+def test_a_rival_that_the_clock_stopped_is_no_worse_one():
+    for examples in range(120, 260, 4):
+        whole = quadratic([1.0, 0.01])
+        whole.clock = Clock(examples=examples)
+        found = race(whole, 4, [0.2, 0.4, 0.8], target=0.006)
+        if found is not None and found.bracketed:
+            assert found.lr > 1.0  # 1.6 needs half the steps of 0.8
 
 
 def test_where_nothing_helps_there_is_no_winner():

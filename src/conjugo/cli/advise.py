@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ class Arguments:
         model: As in conjugo train; by default the usual one for the data.
         optimizer: sgd, momentum, nlcg, adam, or any other that conjugo train has.
         target_loss: Training loss to be reached; by default what the best probe reaches in its time.
-        seconds: Time that it may take, about.
+        seconds: Time that it may take, about; by default a minute.
         max_examples: Examples that probes may process; with it, instead of a time, the advice is the same each time.
         mode: branch tries three batch sizes; fast tries one, in a third of the time, with a wider interval.
         efficiency: Examples that must not be wasted, as a share: 0.5 allows twice as many as small batches need.
@@ -60,7 +59,7 @@ class Arguments:
     model: str | None = None
     optimizer: str = "nlcg"
     target_loss: float | None = None
-    seconds: float = 60.0
+    seconds: float | None = None
     max_examples: int | None = None
     mode: Literal["branch", "fast"] = "branch"
     efficiency: float = 0.5
@@ -95,7 +94,7 @@ def run(argv: Sequence[str]) -> int:
             arguments.optimizer,
             target_loss=arguments.target_loss,
             seconds=arguments.seconds,
-            max_examples=math.inf if most is None else most,
+            max_examples=most,
             mode=arguments.mode,
             efficiency=arguments.efficiency,
             max_batch=arguments.max_batch,

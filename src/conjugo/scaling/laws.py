@@ -36,10 +36,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def scaled(self, factor: float) -> Interval:
-        """All three times *factor* > 0."""
-        return Interval(self.value * factor, self.low * factor, self.high * factor)
-
 
 class CriticalBatch(NamedTuple):
     """The hyperbola through measured steps."""
@@ -89,6 +85,7 @@ def fit_critical_batch(batches: Sequence[float], measured: Sequence[float]) -> C
     owner = "fit_critical_batch"
     check(len(set(batches)) >= 2, owner, "the number of different batches", len(set(batches)), ">= 2")
     check(len(batches) == len(measured), owner, "the number of measurements", len(measured), f"{len(batches)}")
+    check(min(batches) > 0, owner, "the batches", min(batches), "> 0")
     check(min(measured) > 0, owner, "the steps", min(measured), "> 0")
     sizes, logs = np.array(batches, dtype=float), np.log(np.array(measured, dtype=float))
 

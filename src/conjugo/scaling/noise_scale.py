@@ -87,7 +87,8 @@ class NoiseScale:
     examples: int
     """Measured on: micro_batches times micro_batch, over all ranks."""
     b_noise: float | None = None
-    """tr(H Sigma) / G'HG where it was asked for: what the best learning rate depends on (equation 2.8 there)."""
+    """tr(H Sigma) / G'HG where it was asked for: what the best learning rate depends on (equation 2.8 there). None, too, where
+    one of them is not above 0."""
     metric: str = "euclidean"
     """Name of the optimizer in whose metric it is."""
 
@@ -161,9 +162,12 @@ def gradient_noise_scale(
         max_examples >= 2 * micro_batch, owner, "max_examples", max_examples, f">= {2 * micro_batch}, two micro-batches"
     )
     check(precision > 1, owner, "precision", precision, "> 1")
-    ranks = _Ranks(process_group)
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     check(len(params) > 0, owner, "the number of trainable parameters", 0, "at least 1")
+    check(not any(p.is_complex() for p in params), owner, "the parameters", "complex ones", "real")
+    ranks = _Ranks(process_group, params[0].device)
+    accepted = f">= {ranks.size * micro_batch}, a micro-batch on each of {ranks.size} ranks"
+    check(max_examples >= ranks.size * micro_batch, owner, "max_examples", max_examples, accepted)
     if micro_batch == 1 and any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
         raise ValueError(f"{owner}: micro_batch must be at least 2 with batch norm in train mode, got 1")
     metric = {} if optimizer is None else diagonal_metric(optimizer)
@@ -202,18 +206,23 @@ def gradient_noise_scale(
 
 @contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Inside, random numbers begin with *seed*; afterwards they and the buffers of *model* are what they were."""
-    buffers = list(model.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    """Inside, torch's random numbers begin with *seed*; afterwards they and the buffers of *model* are what they were."""
+    before = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
-        with torch.random.fork_rng(devices=devices):
+        # Seeding concerns all devices.
+        with torch.random.fork_rng(devices=devices_in_use()):
             torch.manual_seed(seed)
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
+            for module, name, buffer, value in before:
                 buffer.copy_(value)
+                module._buffers[name] = buffer  # it may have been replaced
+
+
+def devices_in_use() -> range:
+    """The GPUs whose random numbers ``torch.manual_seed`` sets: all, if any is in use."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
 
 
 def examples_in(batch: Any) -> int:
@@ -226,17 +235,18 @@ def rows_of(nested: Any, rows: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x[rows.to(x.device) if isinstance(rows, Tensor) else rows], nested)
 
 
-def _is_whole(data: Data) -> bool:
-    return isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], tuple)
+def is_whole(data: Any) -> bool:
+    """Whether *data* are (inputs, targets), and no batches: a tuple of two, unless both are pairs themselves."""
+    return isinstance(data, tuple) and len(data) == 2 and not all(isinstance(x, tuple) and len(x) == 2 for x in data)
 
 
 def _population(data: Data) -> int | None:
-    return examples_in(data[0]) if isinstance(data, tuple) and _is_whole(data) else None
+    return examples_in(data[0]) if isinstance(data, tuple) and is_whole(data) else None
 
 
 def _cut(data: Data, size: int, seed: int, owner: str) -> Iterator[tuple[Any, Any]]:
     """Micro-batches of *size* examples."""
-    if isinstance(data, tuple) and _is_whole(data):
+    if isinstance(data, tuple) and is_whole(data):
         inputs, targets = data
         n = examples_in(inputs)
         same = examples_in(targets) == n
@@ -271,7 +281,8 @@ def _gradients(
 class _Ranks:
     """Sums over the ranks that measure together; alone, everything is its own."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._device = device  # NCCL knows no other memory
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
         self.group = group
         self.size = dist.get_world_size(group) if several else 1
@@ -283,7 +294,7 @@ class _Ranks:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        return bool(self.sum(torch.tensor([float(flag)])).item()) if self.size > 1 else flag
+        return bool(self.sum(torch.tensor([float(flag)], device=self._device)).item()) if self.size > 1 else flag
 
     def gather(self, row: list[list[float]]) -> list[list[float]]:
         if self.size == 1:
@@ -360,7 +371,7 @@ class _Kept:
 
     def of_all(self) -> int:
         """Micro-batches of all ranks."""
-        return int(self._ranks.sum(torch.tensor([float(self.count)])).item()) if self._ranks.size > 1 else self.count
+        return int(self._ranks.sum(torch.tensor([float(self.count)], device=self._rows.device)).item())
 
     def estimate(self) -> NoiseScale:
         """Collective: what the gradients say so far; at least two micro-batches are needed."""
@@ -398,8 +409,11 @@ class _Kept:
             examples=n * b,
         )
 
-    def b_noise(self, model: nn.Module, loss_fn: LossFn, used: list[tuple[Any, Any]], group: Any) -> float:
-        """Collective: tr(H Sigma) / G'HG, from products of the Hessian over the examples *used* with the rows."""
+    def b_noise(self, model: nn.Module, loss_fn: LossFn, used: list[tuple[Any, Any]], group: Any) -> float | None:
+        """Collective: tr(H Sigma) / G'HG, from products of the Hessian over the examples *used* with the rows.
+
+        None where one of them is not above 0: the Hessian may have negative eigenvalues.
+        """
         from conjugo.curvature import hessian as hessian_of
 
         op = hessian_of(model, loss_fn, used, process_group=group, dtype=self._dtype)
@@ -428,7 +442,8 @@ class _Kept:
         along = float(dot(mean, scaled(op @ scaled(mean))))
         examples = n * self._size
         left = 1.0 if self._population is None else 1 - examples / self._population
-        return trace / (along - trace / examples * left)
+        along -= trace / examples * left
+        return trace / along if trace > 0 and along > 0 else None
 
 
 def jackknife(found: Moments, without: list[Moments], *, examples: float) -> tuple[float, tuple[float, float], bool]:

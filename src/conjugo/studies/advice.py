@@ -46,6 +46,11 @@ class Advice:
     """
 
     optimizer: str
+    """Its name."""
+    catalogued: bool
+    """Whether ``conjugo train`` knows it by that name."""
+    lr_power: float
+    """The power of 1 / (1 + B_crit / B) that the best learning rate follows between the probes' ones."""
     examples: int
     """In the data."""
     target_loss: float
@@ -104,9 +109,13 @@ class Advice:
 
     @property
     def recommended_batch(self) -> int:
-        """The smaller one of `useful_batch` and `fastest_batch`, as a power of 2: beyond neither anything is gained."""
+        """The largest power of 2 up to the smaller one of `useful_batch` and `fastest_batch`, beyond which nothing is gained.
+
+        Never below the smallest batch of the probes by more than `useful_batch` asks for, nor below `world_size`.
+        """
         best = min(self.useful_batch, max(self.fastest_batch, min(probe.batch for probe in self.probes)))
-        return int(min(2 ** round(math.log2(best)), 2 ** int(math.log2(self.max_batch))))
+        least = 2 ** math.ceil(math.log2(self.world_size))
+        return int(max(least, 2 ** int(math.log2(min(best, self.max_batch)))))
 
     def steps(self, batch: float) -> Interval:
         """Steps to the target with batches of *batch* examples, in [1, inf), and the advised learning rate."""
@@ -117,7 +126,7 @@ class Advice:
     def lr(self, batch: float) -> float:
         """The learning rate for batches of *batch* examples: through the best ones of the probes, by the law between them."""
         self._check(batch)
-        power, b_crit = lr_power(self.optimizer), self.critical_batch.value
+        power, b_crit = self.lr_power, self.critical_batch.value
         logs = [math.log(probe.lr) + power * math.log1p(b_crit / probe.batch) for probe in self.probes]
         places = [math.log(probe.batch) for probe in self.probes]
         level = krige(math.log(batch), places, logs, deviation=0.4, noise=0.15, width=math.log(8))
@@ -144,7 +153,7 @@ class Advice:
 
     def batches(self) -> list[int]:
         """Powers of 2 from a quarter of the smallest batch that was tried, the largest that there is, and the advised one."""
-        low = max(1, 2 ** int(math.log2(self.probes[0].batch)) // 4)
+        low = max(2 ** math.ceil(math.log2(self.world_size)), 2 ** int(math.log2(self.probes[0].batch)) // 4)
         high = self.max_batch
         powers = [2**k for k in range(int(math.log2(low)), int(math.log2(high)) + 1)]
         while len(powers) > 11:
@@ -153,6 +162,8 @@ class Advice:
 
     def command(self, train: Mapping[str, Any] | None = None) -> str:
         """The call of ``conjugo train`` that follows the advice; *train*: its other settings, such as data and model."""
+        accepted = "one of conjugo train: conjugo.training.optimizers.names()"
+        check(self.catalogued, "Advice.command", "the optimizer", self.optimizer, accepted)
         batch = self.recommended_batch
         words = {
             **(train or {}),
@@ -295,14 +306,6 @@ class Advice:
     def save(self, path: Path | str) -> None:
         """Write :meth:`to_dict` as JSON, aside and renamed."""
         write_aside(Path(path), json.dumps(self.to_dict(), indent=1))
-
-
-def lr_power(optimizer: str) -> float:
-    """The power of 1 / (1 + B_crit / B) that the best learning rate follows: 1 for SGD (equation 2.7 of arXiv:1812.06162), 1/2
-    for adaptive methods (Malladi et al. 2022, arXiv:2205.10287); for NLCG something between, as measured."""
-    if optimizer.startswith("nlcg"):
-        return 0.75
-    return 0.5 if optimizer in ("adam", "adamw", "lamb", "rmsprop") else 1.0
 
 
 def _noise_text(noise: NoiseScale) -> str:

@@ -47,11 +47,10 @@ def steps_and_time(advice: Advice) -> Figure:
         left.set_ylabel(f"steps to a training loss of {advice.target_loss:.3g}")
         left.legend(frameon=False, fontsize=8, loc="lower left")
         workers = sorted({1, advice.world_size})
-        times = {}
         for count, color in zip(workers, (LINE, COLORS[2]), strict=False):
             fits = batches >= count
-            times[count] = [advice.seconds_to_target(batch, world_size=count) for batch in batches[fits]]
-            right.plot(batches[fits], times[count], color=color, label=f"{count} worker{'s' * (count > 1)}")
+            times = [advice.seconds_to_target(batch, world_size=count) for batch in batches[fits]]
+            right.plot(batches[fits], times, color=color, label=f"{count} worker{'s' * (count > 1)}")
         right.plot([best], [advice.seconds_to_target(best)], "D", color=MARK, label="advised")
         right.set_ylabel("seconds to it")
         right.legend(frameon=False, fontsize=8)

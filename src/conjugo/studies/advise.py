@@ -7,12 +7,19 @@ training run, and how many steps batches of some sizes need to a training loss. 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import pickle
+import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,11 +28,13 @@ from torch.optim import Optimizer
 
 from conjugo._space import is_dtensor
 from conjugo.errors import check, unknown
+from conjugo.optim import NLCG
 from conjugo.scaling.forecast import StepsForecast
-from conjugo.scaling.noise_scale import LossFn, NoiseScale, gradient_noise_scale
-from conjugo.studies.advice import Advice, Probe, lr_power
+from conjugo.scaling.metric import diagonal_metric
+from conjugo.scaling.noise_scale import LossFn, NoiseScale, devices_in_use, gradient_noise_scale
+from conjugo.studies.advice import Advice, Probe
 from conjugo.studies.probes import JUDGED, Clock, Examples, MakeOptimizer, Problem, Raced, Run, race
-from conjugo.studies.throughput import StepTime, measure_memory, measure_step_time
+from conjugo.studies.throughput import Memory, StepTime, measure_memory, measure_step_time
 from conjugo.training import optimizers
 
 __all__ = ["Advice", "Mode", "advise"]
@@ -41,7 +50,7 @@ WINDOWS = 8
 APART = 8
 """Ratio of the batches that are tried besides."""
 PRIOR_FACTOR = 2.5
-"""Within this factor of the mean noise scale of a run the critical batch was, on the development problems of the validation."""
+"""Within this factor of the noise scale along a run the critical batch was, on the development problems of the validation."""
 MOMENTUM_FACTOR = 5.0
 SEEDS = (1, 2, 3)
 """Batches with which the winner of a race is confirmed."""
@@ -53,11 +62,11 @@ def advise(
     model: nn.Module,
     loss_fn: LossFn,
     data: Any,
-    optimizer: str | MakeOptimizer | Optimizer = "sgd",
+    optimizer: str | MakeOptimizer | Optimizer = "nlcg",
     *,
     target_loss: float | None = None,
-    seconds: float = 60.0,
-    max_examples: float = math.inf,
+    seconds: float | None = None,
+    max_examples: float | None = None,
     mode: Mode = "branch",
     efficiency: float = 0.5,
     max_batch: int | None = None,
@@ -84,9 +93,9 @@ def advise(
         optimizer: a name of :func:`conjugo.training.optimizers.names`, ``"adam"``; a function of parameters and learning rate
             that makes one; or an optimizer of the model's parameters, whose state and settings probes begin with.
         target_loss: mean training loss to be reached; None, or if time does not suffice: what the best probe has reached.
-        seconds: time for all of it, about; > 0.
-        max_examples: examples to be sent forward and backward in probes, at most: unlike *seconds* it gives the same advice
-            each time.
+        seconds: time for all of it, about; > 0. None: a minute, or without end where *max_examples* is given.
+        max_examples: examples that probes send forward and backward, at most (timing a few steps, and looking at losses, are
+            not counted): with it, instead of a time, equal seeds give equal advice.
         mode: ``"branch"`` tries three batch sizes, ``"fast"`` one, with a wider interval in a third of the time.
         efficiency: the share in (0, 1) of examples that must not be wasted: the largest useful batch is the one with which
             training needs 1 / efficiency times as many examples as with the smallest ones.
@@ -113,8 +122,8 @@ def advise(
     owner = "advise"
     if mode not in get_args(Mode):
         unknown("advise mode", mode, get_args(Mode))
-    check(seconds > 0, owner, "seconds", seconds, "> 0")
-    check(max_examples > 0, owner, "max_examples", max_examples, "> 0")
+    check(seconds is None or seconds > 0, owner, "seconds", seconds, "> 0 or None")
+    check(max_examples is None or max_examples > 0, owner, "max_examples", max_examples, "> 0 or None")
     check(0 < efficiency < 1, owner, "efficiency", efficiency, "in (0, 1)")
     check(target_loss is None or math.isfinite(target_loss), owner, "target_loss", target_loss, "finite or None")
     check(world_size is None or world_size >= 1, owner, "world_size", world_size, ">= 1 or None")
@@ -125,25 +134,30 @@ def advise(
     sharded = any(is_dtensor(p) for p in params)
     check(not sharded, owner, "the parameters", "sharded ones", "whole: load their full_tensor() into a plain model")
     where = params[0].device if device is None else torch.device(device)
-    model = _plain(model)
-    if where != params[0].device:
-        model = copy.deepcopy(model).to(where)
-    name, make, needs_loss = _optimizer(optimizer, params)
     examples = Examples(data, where)
     accepted = f"in [2, {examples.n}], the number of examples"
     check(max_batch is None or 2 <= max_batch <= examples.n, owner, "max_batch", max_batch, accepted)
-    problem = Problem(model, loss_fn, examples, make, needs_loss=needs_loss, micro_batch=micro_batch)
+    model = _plain(model)
+    normalised = any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
+    check(micro_batch != 1 or not normalised, owner, "micro_batch", micro_batch, "at least 2 with batch norm")
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if world_size is None:
         world_size = ranks
     if all_reduce is None and world_size == ranks > 1:
         all_reduce = _all_reduce_time(params)
+    if seconds is None:
+        seconds = 60.0 if max_examples is None else math.inf
+    clock = Clock(seconds, math.inf if max_examples is None else max_examples)
+    workers, reduction = world_size, all_reduce
 
     def found(group: Any) -> Advice:
-        advisor = _Advisor(problem, name, Clock(seconds, max_examples), seed, callback or (lambda text: None), group)
-        advisor.largest = examples.n if max_batch is None else max_batch
-        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-            return advisor.run(target_loss, mode, efficiency, world_size, all_reduce)
+        with _as_it_was(seed):
+            own, made = _copied(model, optimizer, where, group)
+            problem = Problem(own, loss_fn, examples, made, micro_batch=micro_batch)
+            method = _method(optimizer, problem.fresh(1e-8)[1])
+            advisor = _Advisor(problem, method, clock, seed, callback or (lambda text: None), group)
+            advisor.largest = examples.n if max_batch is None else max_batch
+            return advisor.run(target_loss, mode, efficiency, workers, reduction)
 
     return found(None) if ranks == 1 else _on_first(found)
 
@@ -157,6 +171,7 @@ def _on_first(found: Callable[[Any], Advice]) -> Advice:
             outcome = [found(alone)]
         except Exception as error:
             outcome = [error]
+        dist.destroy_process_group(alone)
     dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
@@ -164,95 +179,132 @@ def _on_first(found: Callable[[Any], Advice]) -> Advice:
     return advice
 
 
+@contextmanager
+def _as_it_was(seed: int) -> Iterator[None]:
+    """Inside, all random numbers begin with *seed*; afterwards they are what they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices_in_use()):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
 def _plain(model: nn.Module) -> nn.Module:
-    found: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
-    return found.module if isinstance(found, nn.parallel.DistributedDataParallel) else found
+    """Without what torch.compile and DDP put around it."""
+    while True:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        inner = getattr(inner, "_orig_mod", inner)
+        if inner is model:
+            return model
+        model = inner
 
 
-def _optimizer(
-    given: str | MakeOptimizer | Optimizer, params: Sequence[nn.Parameter]
-) -> tuple[str, MakeOptimizer, bool]:
-    """Its name, what makes it, and whether its steps want the loss."""
-    if isinstance(given, str):
-        found = optimizers.entry("adamw" if given == "adam" else given)
-        return given, lambda own, lr: optimizers.build(found.name, own, lr=lr), found.needs_loss
+def _copied(
+    model: nn.Module, given: str | MakeOptimizer | Optimizer, device: torch.device, group: Any
+) -> tuple[nn.Module, MakeOptimizer | Optimizer]:
+    """The model on *device*, and what makes its optimizer, or a copy of that which is given with its state."""
     if isinstance(given, Optimizer):
-        return type(given).__name__.lower(), _like(given, params), False
-    check(
-        callable(given),
-        "advise",
-        "optimizer",
-        type(given).__name__,
-        "a name, an optimizer or a function that makes one",
-    )
-    return getattr(given, "__name__", "optimizer"), given, False
-
-
-def _like(given: Optimizer, params: Sequence[nn.Parameter]) -> MakeOptimizer:
-    """Makes optimizers of other parameters with the settings and the state of *given*, whose learning rates keep their
-    ratios."""
-    places = {id(p): i for i, p in enumerate(params)}
-    strange = [p for group in given.param_groups for p in group["params"] if id(p) not in places]
-    check(
-        not strange, "advise", "optimizer", f"one of {len(strange)} other parameters", "one of the model's parameters"
-    )
-    base = max(float(group["lr"]) for group in given.param_groups)
-
-    def make(own: list[nn.Parameter], lr: float) -> Optimizer:
-        groups = [
-            {
-                **{key: value for key, value in group.items() if key != "params"},
-                "params": [own[places[id(p)]] for p in group["params"]],
-            }
-            for group in given.param_groups
-        ]
-        state = copy.deepcopy(given.state_dict())  # loading would share its tensors
+        places = {id(p) for p in model.parameters()}
+        strange = sum(id(p) not in places for g in given.param_groups for p in g["params"])
+        check(
+            strange == 0, "advise", "optimizer", f"one of {strange} other parameters", "one of the model's parameters"
+        )
+        same = device in {next(model.parameters()).device, torch.device(next(model.parameters()).device.type)}
+        check(same, "advise", "device", str(device), "that of the model, as the optimizer is given")
         try:
-            made = type(given)(groups)  # type: ignore[arg-type,call-arg]
-            made.load_state_dict(state)
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            pair: tuple[nn.Module, Optimizer] = copy.deepcopy((model, given))
+        except (TypeError, ValueError, RuntimeError, AttributeError, pickle.PicklingError) as error:
             raise ValueError(
-                f"advise: optimizer {type(given).__name__} cannot be made anew from its groups ({error}); "
-                "pass a function of (parameters, lr) instead"
+                f"advise: model or optimizer {type(given).__name__} cannot be copied ({str(error).splitlines()[0]}); "
+                "for the optimizer, pass a function of (parameters, lr) instead"
             ) from error
-        for group, original in zip(made.param_groups, given.param_groups, strict=True):
-            group["lr"] = lr * float(original["lr"]) / base
-        return made
+        return pair
+    if isinstance(given, str):
+        entry = optimizers.entry(_catalogued(given))
+        alone = group is not None and "process_group" in inspect.signature(entry.factory).parameters
+        options = {"process_group": group} if alone else {}
+        return copy.deepcopy(model).to(device), lambda own, lr: optimizers.build(entry.name, own, lr=lr, **options)
+    kind = type(given).__name__
+    check(callable(given), "advise", "optimizer", kind, "a name, an optimizer or a function that makes one")
+    return copy.deepcopy(model).to(device), given
 
-    return make
+
+def _catalogued(name: str) -> str:
+    return "adamw" if name == "adam" else name
+
+
+class _Method(NamedTuple):
+    """What matters about an optimizer. entry: in the catalogue, or None. lr_power: see :class:`Advice`."""
+
+    name: str
+    entry: optimizers.Entry | None
+    lr_power: float
+    prior_factor: float
+    like_sgd: bool
+    conjugate: bool
+    catalogued: bool
+
+
+def _method(given: str | MakeOptimizer | Optimizer, made: Optimizer) -> _Method:
+    """*made*: the optimizer as it comes out."""
+    check(not isinstance(made, torch.optim.LBFGS), "advise", "optimizer", "LBFGS", "one whose steps need no closure")
+    kind = type(made).__name__.lower()
+    momentum = any(float(group.get("momentum", 0.0)) > 0 for group in made.param_groups)
+    momentum = momentum or kind in ("frsgd", "cblr", "mclr", "adagradnorm", "lars")
+    adaptive = "betas" in made.defaults or kind in ("rmsprop", "adagrad", "adadelta")
+    conjugate = isinstance(made, NLCG)
+    entry = optimizers.entry(_catalogued(given)) if isinstance(given, str) else None
+    name = given if isinstance(given, str) else "momentum" if kind == "sgd" and momentum else kind
+    return _Method(
+        name=name,
+        entry=entry,
+        # 1 for SGD (equation 2.7 of arXiv:1812.06162), 1/2 for adaptive methods (Malladi et al. 2022, arXiv:2205.10287); for
+        # NLCG something between, as measured.
+        lr_power=0.75 if conjugate else 0.5 if adaptive else 1.0,
+        prior_factor=MOMENTUM_FACTOR if momentum else PRIOR_FACTOR,
+        like_sgd=kind in ("sgd", "frsgd") or conjugate,
+        conjugate=conjugate,
+        catalogued=isinstance(given, str),
+    )
 
 
 class _Advisor:
     """The order of things, and what came out so far."""
 
     def __init__(
-        self, problem: Problem, name: str, clock: Clock, seed: int, say: Callable[[str], None], group: Any
+        self, problem: Problem, method: _Method, clock: Clock, seed: int, say: Callable[[str], None], group: Any
     ) -> None:
         self.group = group  # of this rank alone, where there are several
         self.problem = problem
-        self.name = name
+        self.method = method
         self.clock = clock
         self.seed = seed
         self.say = say
         self.warnings: list[str] = []
         self.largest = problem.examples.n
         self.affordable = math.inf
+        self.most_runs = 2
 
     def run(
         self, target: float | None, mode: Mode, efficiency: float, world_size: int, all_reduce: float | None
     ) -> Advice:
         problem = self.problem
         self.say("step time and memory")
+        memory = measure_memory(problem, lr=1e-8)
+        self._fit_into(memory)
         problem.judge_by(FEW)
         check(math.isfinite(problem.begin), "advise", "the loss of the model", problem.begin, "finite")
-        memory = measure_memory(problem, lr=1e-8)
-        if problem.micro_batch is None and memory.largest is not None and memory.largest < self.largest:
-            check(memory.largest >= 1, "advise", "the memory", memory.available, f"at least {memory.fixed} bytes")
-            problem.micro_batch = 2 ** int(math.log2(memory.largest))
-        sizes = sorted({min(4**k, problem.micro_batch or self.largest, self.largest, 4096) for k in range(1, 7)})
-        step_time = measure_step_time(problem, sizes, lr=1e-8, clock=self.clock.share(0.1))
+        part = problem.micro_batch
+        sizes = {4**k for k in range(1, 7)} if part is None else {part * k for k in (1, 2, 4, 8)}
+        sizes = {min(size, self.largest) for size in sizes}
+        step_time = measure_step_time(problem, sorted(sizes), lr=1e-8, clock=self.clock.share(0.1))
         if step_time is None:
-            raise MemoryError(f"advise: there is no memory for a batch of {sizes[0]} examples")
+            raise MemoryError(f"advise: there is no memory for a batch of {min(sizes)} examples")
         self._budget(step_time)
         begin = problem.begin
         check(target is None or target < begin, "advise", "target_loss", target, f"below {begin:.4g}, where it begins")
@@ -264,6 +316,11 @@ class _Advisor:
         self.say(f"learning rates at batch {batch}")
         raced = self._race(batch, self._first_lrs(curvature, noise, batch), target, self.clock.share(0.4))
         if raced is None:
+            if self.problem.clock.over:
+                raise ValueError(
+                    f"advise: there was not enough time: after {self.problem.clock.examples:,} examples no learning rate "
+                    "has brought the loss down; give more seconds or max_examples"
+                )
             raise ValueError(
                 "advise: no learning rate brings the loss down: is the model trainable, the loss to be minimised?"
             )
@@ -286,7 +343,9 @@ class _Advisor:
                 f"the time in which {world_size} workers add up their gradients is not counted: give all_reduce"
             )
         return Advice(
-            optimizer=self.name,
+            optimizer=self.method.name,
+            catalogued=self.method.catalogued,
+            lr_power=self.method.lr_power,
             examples=problem.examples.n,
             target_loss=goal,
             reached=target is None or raced.reached,
@@ -310,6 +369,18 @@ class _Advisor:
             warnings=tuple(self.warnings),
         )
 
+    def _fit_into(self, memory: Memory) -> None:
+        """Choose micro-batches that fit, and how many runs there may be at a time."""
+        problem = self.problem
+        self.most_runs = memory.available // max(1, memory.fixed)
+        if self.most_runs < 2 or (memory.largest is not None and memory.largest < 2):
+            raise MemoryError(
+                f"advise: a probe needs {memory.fixed:,} bytes besides its activations, and two of them are compared; "
+                f"{memory.available:,} are there"
+            )
+        if problem.micro_batch is None and memory.largest is not None and memory.largest < self.largest:
+            problem.micro_batch = 2 ** int(math.log2(memory.largest))
+
     def _budget(self, step_time: StepTime) -> None:
         """How many examples can be afforded, and what follows: by how many runs are judged, and how often."""
         problem = self.problem
@@ -332,10 +403,12 @@ class _Advisor:
         n = problem.examples.n
         normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
         size = 32 if normalised else 8
-        size = min(size, problem.micro_batch or size, max(1, n // 16))
+        size = min(size, problem.micro_batch or size, max(2 if normalised else 1, n // 16))
         most = min(16384, max(8 * size, int(share * self.affordable)))
         rows = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed if seed is None else seed))[:most]
         batches = _Batches(problem.examples, rows, max(size, 256 // size * size))
+        if optimizer is not None and not isinstance(optimizer, NLCG) and not diagonal_metric(optimizer):
+            optimizer = None  # its metric is the Euclidean one, or not known
         found = gradient_noise_scale(
             model,
             problem.loss_fn,
@@ -365,6 +438,7 @@ class _Advisor:
                 method="autograd",
                 seed=self.seed,
                 process_group=self.group,
+                dtype=None if next(problem.model.parameters()).dtype == torch.float64 else torch.float32,
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -385,20 +459,18 @@ class _Advisor:
 
     def _first_lrs(self, curvature: float | None, noise: NoiseScale, batch: int) -> list[float]:
         """Where to look for the best learning rate."""
-        known = "adamw" if self.name == "adam" else self.name
-        if known not in optimizers.names():
-            entry = None
-        else:
-            entry = optimizers.entry(known)
-        like_sgd = (
-            entry is None or entry.name in ("sgd", "momentum", "nesterov", "frsgd") or entry.name.startswith("nlcg")
-        )
-        if like_sgd and curvature is not None:
+        entry = self.method.entry
+        if self.method.like_sgd and curvature is not None:
             middle = 2 / curvature / (1 + noise.b_simple / batch)
-            return [middle * 2.0**j for j in range(-3, 4)]
-        low, high = (1e-4, 10.0) if entry is None else entry.lr_range
-        count = max(2, round(math.log(high / low, 4)) + 1)
-        return [low * (high / low) ** (k / (count - 1)) for k in range(count)]
+            lrs = [middle * 2.0**j for j in range(-3, 4)]
+        else:
+            adaptive = self.method.lr_power < 1
+            low, high = entry.lr_range if entry is not None else (1e-4, 0.3) if adaptive else (1e-3, 10.0)
+            count = max(2, round(math.log(high / low, 4)) + 1)
+            lrs = [low * (high / low) ** (k / (count - 1)) for k in range(count)]
+        if len(lrs) > self.most_runs:
+            lrs = lrs[:: -(-len(lrs) // self.most_runs)]
+        return lrs
 
     def _race(self, batch: int, lrs: Sequence[float], target: float | None, clock: Clock) -> Raced | None:
         self.problem.clock = clock
@@ -431,10 +503,15 @@ class _Advisor:
                 break
             lr /= math.sqrt(2)
         self.clock.examples += clock.examples - before
-        lr = min(found, key=lambda each: _mean_log(found[each]))
-        confirmed = len(found[lr]) == len(SEEDS) and math.isfinite(_mean_log(found[lr]))
-        steps = tuple(s for s in found[lr] if math.isfinite(s)) or (max(1.0, raced.steps),)
-        return Probe(batch=batch, lr=lr, steps=steps, race=raced, confirmed=confirmed)
+        lost = sorted(each for each, steps in found.items() if not math.isfinite(_mean_log(steps)))
+        if len(lost) == len(found):  # none of them holds: what is left is smaller, and a guess
+            lr, steps = lost[0] / 2, [raced.steps * raced.lr / lost[0] * 2]
+        else:
+            lr = min(found, key=lambda each: _mean_log(found[each]))
+            steps = found[lr]
+        raced = replace(raced, failed=tuple(sorted({*raced.failed, *(each for each in lost if each > lr)})))
+        confirmed = lr in found and len(steps) == len(SEEDS)
+        return Probe(batch=batch, lr=lr, steps=tuple(steps), race=raced, confirmed=confirmed)
 
     def _along(self, run: Run, steps: float, goal: float, along: list[NoiseScale]) -> None:
         """Train *run* and measure its noise in the middle of each of `WINDOWS` parts of *steps*."""
@@ -446,9 +523,14 @@ class _Advisor:
             along.append(self._noise(run.model, run.optimizer, share=0.15 / WINDOWS, seed=self.seed + k))
 
     def _expected(self, along: Sequence[NoiseScale]) -> float:
-        """What the critical batch is expected to be: the mean noise scale of a run, in the metric of its optimizer."""
-        mean = sum(noise.b_simple for noise in along) / len(along)
-        return float(min(max(1.0, mean), 100 * self.problem.examples.n))
+        """What the critical batch is expected to be: the median noise scale of a run, in the metric of its optimizer."""
+        middle = median(
+            noise.b_simple for noise in along
+        )  # a mean follows the few places where the gradient was hardly seen
+        if 2 * sum(noise.lower_bound_only for noise in along) > len(along):
+            self.method = self.method._replace(prior_factor=2 * self.method.prior_factor)
+            self.warnings.append("the gradient was hardly seen for noise: the noise scale is a lower bound")
+        return float(min(max(1.0, middle), 100 * self.problem.examples.n))
 
     def _branch(self, batch: int, probes: list[Probe], goal: float, b_prior: float) -> None:
         """Probes with smaller and larger batches, if there is time."""
@@ -462,13 +544,17 @@ class _Advisor:
             lrs = [lr / 2, lr] if lr * 2 > limit else [lr / 2, lr, lr * 2]
             expected = forecast.steps(size).value * size * (len(lrs) + 4)
             left = self.clock.share(0.7 if size == large else 1.0)
-            if size == batch or left.over:
+            if size == batch:
+                continue
+            if left.over:
+                self.warnings.append(f"there was no time for a probe with batches of {size}")
                 continue
             self.say(f"learning rates at batch {size}")
             raced = self._race(size, lrs, goal, left)
             if raced is None or not raced.reached:
+                why = f"no time for a probe with batches of {size} (about {expected:,.0f} examples)"
                 self.warnings.append(
-                    f"there was no time for a probe with batches of {size} (about {expected:,.0f} examples)"
+                    f"there was {why}" if left.over else f"no learning rate reached the loss with batches of {size}"
                 )
                 continue
             self.problem.clock = self.clock.share(1.0)
@@ -482,16 +568,15 @@ class _Advisor:
 
     def _lr_ratio(self, batch: float, base: float, b_crit: float) -> float:
         ratio = (1 + b_crit / base) / (1 + b_crit / batch)
-        return float(ratio ** lr_power(self.name))
+        return float(ratio**self.method.lr_power)
 
     def _forecast(self, probes: Sequence[Probe], b_prior: float) -> StepsForecast:
         batches = [float(probe.batch) for probe in probes for _ in probe.steps]
-        factor = MOMENTUM_FACTOR if self.name in ("momentum", "nesterov", "frsgd") else PRIOR_FACTOR
         return StepsForecast(
             batches,
             [s for probe in probes for s in probe.steps],
             b_prior=b_prior,
-            prior_factor=factor,
+            prior_factor=self.method.prior_factor,
             noise=0.12,
             common=0.08,
         )
@@ -511,8 +596,12 @@ class _Advisor:
                 )
             if not probe.confirmed:
                 self.warnings.append(f"at batch {probe.batch} the learning rate was not confirmed with other batches")
-        if not reached and b_crit > max(probe.batch for probe in probes):
+        if b_crit > max(probe.batch for probe in probes):
             self.warnings.append("the critical batch lies beyond the batches that were tried")
+        if self.method.conjugate:
+            self.warnings.append(
+                f"with batches below {min(probe.batch for probe in probes)} NLCG may not get to the target at all"
+            )
         if any(isinstance(module, _BatchNorm) for module in self.problem.model.modules()):
             self.warnings.append(
                 "batch norm: noise was measured with micro-batches of its own, steps with the batches themselves"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from conjugo.distributed import GlobalBatchSampler
 from conjugo.errors import check
-from conjugo.scaling.noise_scale import LossFn, undisturbed
+from conjugo.scaling.noise_scale import LossFn, examples_in, is_whole, rows_of, undisturbed
 
 __all__ = ["Clock", "Examples", "MakeOptimizer", "Problem", "Raced", "Run", "race"]
 
@@ -75,37 +75,42 @@ class Examples:
 
     data: ``(inputs, targets)``, a map-style Dataset of such pairs, a DataLoader of one, batches, which are put together, or
     ``(take, n)``: a function that gives inputs and targets of the rows asked for, on the device, and how many rows there are.
+    Raises ValueError for anything else, and for less than two examples.
     """
-
-    MOST = 2**16
-    """Of batches that are put together, so many examples are kept."""
 
     n: int
 
+    MOST = 2**16
+    """Of batches that are put together, so many examples are kept, and no more than `BYTES`."""
+    BYTES = 2**31
+    ON_DEVICE = 2**30
+    """Bytes of tensors up to which all of them are moved to the device at once."""
+
     def __init__(self, data: Any, device: torch.device) -> None:
         self.device = device
-        self._dataset: Any = None
-        self._give: Callable[[Tensor], tuple[Any, Any]] | None = None
-        if isinstance(data, tuple) and callable(data[0]):
-            self._give, self.n = data
-            return
+        self._take: Callable[[Tensor], tuple[Any, Any]]
+        collate: Callable[[list[Any]], Any] = torch.utils.data.default_collate
         if isinstance(data, torch.utils.data.DataLoader):
-            known = not isinstance(data.dataset, torch.utils.data.IterableDataset)
-            if known:
-                self._collate: Callable[[list[Any]], Any] = data.collate_fn
+            if not isinstance(data.dataset, torch.utils.data.IterableDataset):
+                collate = data.collate_fn if data.batch_size is not None else collate
                 data = data.dataset
-        else:
-            self._collate = torch.utils.data.default_collate
-        whole = isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], tuple)
-        if not whole and hasattr(data, "__getitem__") and not isinstance(data, list | tuple):
-            self._dataset = data
+        elif isinstance(data, Tensor | Mapping | torch.utils.data.IterableDataset):
+            accepted = "(inputs, targets), a map-style Dataset, a DataLoader or batches"
+            check(False, "advise", "data", type(data).__name__, accepted)
+        if isinstance(data, tuple) and len(data) == 2 and callable(data[0]):
+            self._take, self.n = data
+        elif hasattr(data, "__getitem__") and not isinstance(data, list | tuple):
+            self._take = lambda rows: _pair(collate([data[i] for i in rows.tolist()]), "what the dataset gives")
             self.n = len(data)
         else:
-            self._inputs, self._targets = data if whole else _joined(data, self.MOST)
-            self.n = _length(self._inputs)
-            same = _length(self._targets) == self.n
-            check(same, "advise", "the number of targets", _length(self._targets), f"{self.n}, one per input")
-            self._inputs, self._targets = self._moved(self._inputs), self._moved(self._targets)
+            inputs, targets = data if is_whole(data) else _joined(data, self.MOST, self.BYTES)
+            self.n = examples_in(inputs)
+            same = examples_in(targets) == self.n
+            check(same, "advise", "the number of targets", examples_in(targets), f"{self.n}, one per input")
+            whole = (inputs, targets)
+            if sum(x.numel() * x.element_size() for x in tree_leaves(whole) if isinstance(x, Tensor)) <= self.ON_DEVICE:
+                whole = self._moved(whole)
+            self._take = lambda rows: rows_of(whole, rows)
         check(self.n >= 2, "advise", "the number of examples", self.n, ">= 2")
 
     def _moved(self, nested: Any) -> Any:
@@ -113,51 +118,43 @@ class Examples:
 
     def take(self, rows: Tensor) -> tuple[Any, Any]:
         """Inputs and targets of the examples *rows* (int64), on the device."""
-        if self._give is not None:
-            return self._give(rows)
-        if self._dataset is not None:
-            inputs, targets = self._collate([self._dataset[i] for i in rows.tolist()])
-            return self._moved(inputs), self._moved(targets)
-        rows = rows.to(self.device)
-        return (
-            tree_map_only(Tensor, lambda x: x.index_select(0, rows), self._inputs),
-            tree_map_only(Tensor, lambda x: x.index_select(0, rows), self._targets),
-        )
+        inputs, targets = self._take(rows)
+        return self._moved(inputs), self._moved(targets)
 
 
-def _length(nested: Any) -> int:
-    found = [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-    check(len(found) > 0, "advise", "the data", type(nested).__name__, "tensors of examples")
-    return len(found[0])
+def _pair(batch: Any, what: str) -> tuple[Any, Any]:
+    good = isinstance(batch, tuple | list) and len(batch) == 2
+    check(good, "advise", what, type(batch).__name__, "a pair: inputs, targets")
+    return batch[0], batch[1]
 
 
-def _joined(data: Iterable[Any], most: int) -> tuple[Any, Any]:
-    batches, n = [], 0
+def _joined(data: Iterable[Any], most: int, most_bytes: int) -> tuple[Any, Any]:
+    batches, n, size = [], 0, 0
     for batch in data:
-        pair = isinstance(batch, tuple | list) and len(batch) == 2
-        check(pair, "advise", "a batch", type(batch).__name__, "a pair: inputs, targets")
-        batches.append(tuple(batch))
-        n += _length(batch[0])
-        if n >= most:
+        batches.append(_pair(batch, "a batch"))
+        n += examples_in(batch[0])
+        size += sum(x.numel() * x.element_size() for x in tree_leaves(batch) if isinstance(x, Tensor))
+        if n >= most or size >= most_bytes:
             break
     check(n > 0, "advise", "the number of examples", n, ">= 2")
-    joined = tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *batches)
-    return joined[0], joined[1]
+    inputs, targets = tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *batches)
+    return inputs, targets
 
 
 @dataclass
 class Problem:
     """What is trained. The model is never changed: every run has a copy.
 
-    micro_batch: most examples that go through the model at once. judged: the examples that runs are judged by. gap: from the
-    size of a batch, how many steps there are at least between two looks at their loss.
+    optimizer: what makes one for parameters and a learning rate, or one of the model's parameters, with which runs begin:
+    each has a copy of it, whose learning rates keep their ratios. micro_batch: most examples that go through the model at
+    once. judged: the examples that runs are judged by. gap: from the size of a batch, how many steps there are at least
+    between two looks at their loss.
     """
 
     model: nn.Module
     loss_fn: LossFn
     examples: Examples
-    make_optimizer: MakeOptimizer
-    needs_loss: bool = False
+    optimizer: MakeOptimizer | Optimizer
     micro_batch: int | None = None
     clock: Clock = field(default_factory=Clock)
     judged: Tensor = field(init=False)
@@ -166,6 +163,19 @@ class Problem:
     def __post_init__(self) -> None:
         """Be judged by as many examples as pay where time does not matter."""
         self.judge_by(JUDGED)
+
+    def fresh(self, lr: float) -> tuple[nn.Module, Optimizer]:
+        """A copy of the model, and its optimizer with the (largest) learning rate *lr*."""
+        if not isinstance(self.optimizer, Optimizer):
+            model = copy.deepcopy(self.model)
+            return model, self.optimizer([p for p in model.parameters() if p.requires_grad], lr)
+        model, optimizer = copy.deepcopy((self.model, self.optimizer))
+        # What a schedule has set to 0 at its beginning has its place all the same.
+        rates = [float(group["lr"]) or float(group.get("initial_lr", 0.0)) for group in optimizer.param_groups]
+        check(max(rates) > 0, "advise", "the learning rate of the optimizer", max(rates), "> 0 in one of its groups")
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * rate / max(rates)
+        return model, optimizer
 
     def judge_by(self, count: int) -> None:
         """Judge by *count* examples, or all if there are fewer."""
@@ -189,9 +199,10 @@ class Problem:
         """The mean loss over the examples that runs are judged by, in the mode that training has; changes nothing."""
         total = torch.zeros((), dtype=torch.float64)
         with undisturbed(model, 0):
-            for part in torch.split(self.judged, min(len(self.judged), self.micro_batch or 1024)):
+            # Parts of about equal size: batch norm cannot do with a single example.
+            for part in torch.tensor_split(self.judged, -(-len(self.judged) // (self.micro_batch or 1024))):
                 inputs, targets = self.examples.take(part)
-                total += self.loss_fn(model(inputs), targets).cpu() * len(part)
+                total += mean_loss(self.loss_fn, model(inputs), targets).double().cpu() * len(part)
         return float(total / len(self.judged))
 
 
@@ -203,9 +214,8 @@ class Run:
         self.lr = lr
         self.batch = batch
         self.seed = seed
-        self.model = copy.deepcopy(problem.model)
+        self.model, self.optimizer = problem.fresh(lr)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = problem.make_optimizer(self.params, lr)
         self._sampler = GlobalBatchSampler(problem.examples.n, batch, seed=seed)
         self.step = 0
         self._next = 1.0
@@ -228,27 +238,40 @@ class Run:
                         return
 
     def _train(self) -> None:
+        self.take_step(self.draw())
+
+    def draw(self) -> list[tuple[Any, Any]]:
+        """The next batch, cut into micro-batches."""
+        return [self.problem.examples.take(part) for part in self.problem.parts(next(self._sampler))]
+
+    def take_step(self, parts: Sequence[tuple[Any, Any]]) -> None:
+        """A step with the batch that *parts* make up."""
         problem = self.problem
-        rows = next(self._sampler)
+        counts = [examples_in(inputs) for inputs, _ in parts]
         self.optimizer.zero_grad()
+        if getattr(self.optimizer, "needs_curvature", False):
+            self.optimizer.measure(self.model, problem.loss_fn, *parts[0])  # type: ignore[attr-defined]
         total = torch.zeros((), device=problem.examples.device)
-        for part in problem.parts(rows):
-            inputs, targets = problem.examples.take(part)
-            loss = problem.loss_fn(self.model(inputs), targets) * (len(part) / len(rows))
+        for (inputs, targets), count in zip(parts, counts, strict=True):
+            loss = mean_loss(problem.loss_fn, self.model(inputs), targets) * (count / sum(counts))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        if problem.needs_loss:
+        if getattr(self.optimizer, "needs_loss", False):
             self.optimizer.step(loss=total)  # type: ignore[call-overload]
         else:
             self.optimizer.step()
         self.step += 1
-        problem.clock.examples += len(rows)
+        problem.clock.examples += sum(counts)
 
     def _judge(self) -> None:
         loss = self.problem.loss(self.model)
         self.failed = not math.isfinite(loss) or loss > 100 * abs(self.curve[0][1]) + 1
         self.curve.append((self.step, loss if math.isfinite(loss) else math.inf))
         self._next = max(self.step + self.problem.gap(self.batch), self.step * EVERY)
+
+    def loss_at(self, step: int) -> float:
+        """The last loss that was taken up to *step*."""
+        return [loss for at, loss in self.curve if at <= step][-1]
 
     def release(self) -> None:
         """Give the memory back; the curve stays."""
@@ -263,6 +286,14 @@ class Run:
     def steps_to(self, target: float) -> float:
         """Steps until the loss was at *target* first, between two looks by its logarithm; infinite: never so far."""
         return steps_to(self.curve, target)
+
+
+def mean_loss(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
+    """What *loss_fn* gives, 0-d. Raises ValueError for more than one number."""
+    loss = loss_fn(outputs, targets)
+    shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    check(isinstance(loss, Tensor) and loss.numel() == 1, "advise", "the loss of a batch", shape, "a 0-d tensor")
+    return loss.reshape(())
 
 
 def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float:
@@ -312,19 +343,18 @@ def race(
     target: float | None,
     seed: int = 0,
     patience: float = 2.0,
-    refine: bool = True,
-    limits: tuple[float, float] = (0.0, math.inf),
 ) -> Raced | None:
     """Find the learning rate that brings the loss down fastest; None if none of them does at all.
 
     All *lrs* run on the same batches, in rounds of growing length. Whoever needs *patience* times as many steps as the leader
     to the same loss drops out. When the leader is at *target* (None: never), neighbours of the best one are tried, until it
-    has a worse one on either side: first with the ratio of *lrs*, and with *refine* by the square root of 2.
+    has a worse one on either side: first with the ratio of *lrs*, then by the square root of 2.
     """
     goal = -math.inf if target is None else target
     alive = [Run(problem, lr, batch, seed=seed) for lr in sorted(lrs)]
     ratio = min((b / a for a, b in pairwise(sorted(lrs))), default=2.0)
     curves: dict[float, Run] = {}
+    beaten: set[float] = set()
     length = 8
     failed: list[float] = []
     while True:
@@ -337,45 +367,59 @@ def race(
         for lr in failed:
             curves.pop(lr, None)
         if not good:  # the leader has exploded: those that it had beaten, and smaller ones, try again
-            smaller = sorted({*(lr for lr in lrs if lr < min(failed)), min(failed) / ratio, min(failed) / ratio**2})
             if len(failed) > 8 + len(lrs) or problem.clock.over:
                 return None
-            alive = [Run(problem, lr, batch, seed=seed) for lr in smaller if lr >= limits[0]]
-            if not alive:
-                return None
+            smaller = {*(lr for lr in lrs if lr < min(failed)), min(failed) / ratio, min(failed) / ratio**2}
+            alive = [Run(problem, lr, batch, seed=seed) for lr in sorted(smaller)]
             continue
-        leader = min(good, key=lambda run: (run.steps_to(goal), run.loss))
+        if problem.clock.over:  # it stops them at different steps: who has hardly begun does not count
+            good = [run for run in good if 2 * run.step >= max(other.step for other in good)]
+        common = min(run.step for run in good)
+        leader = min(good, key=lambda run: (run.steps_to(goal), run.loss_at(common)))
         if leader.loss <= goal or problem.clock.over:
             break
+        if leader.stalled and all(loss >= leader.curve[0][1] for run in curves.values() for _, loss in run.curve):
+            return None
         alive = [run for run in good if steps_to(leader.curve, run.loss) >= run.step / patience or run is leader]
         for run in good:
             if run not in alive:
+                beaten.add(run.lr)
                 run.release()
         below = leader.lr / ratio
-        if leader.stalled and not any(run.lr < 0.99 * leader.lr for run in alive) and below >= limits[0]:
+        if leader.stalled and not any(run.lr < 0.99 * leader.lr for run in alive):
             alive.append(Run(problem, below, batch, seed=seed))
         length = math.ceil(length * 1.5)
     reached = leader.loss <= goal
     if not reached:
-        goal = leader.loss
+        # The leader may have lost what it had: then one that was beaten is ahead.
+        goal = min(leader.loss_at(common), *(curves[lr].loss for lr in beaten & set(curves)), math.inf)
         if goal >= leader.curve[0][1]:
             return None
     results = {lr: run.steps_to(goal) for lr, run in curves.items()}
     best = min(results, key=lambda lr: results[lr])
-    for step in (ratio, ROOT2) if refine and ratio > 1.5 else (ratio,):
+    # Of those that were still in the race when it ended nothing more is known than that they were behind.
+    known = {lr for lr in results if math.isfinite(results[lr])} | beaten
+    for step in (ratio, ROOT2) if ratio > 1.5 else (ratio,):
         while not problem.clock.over:
             wanted = [best * step, best / step]
-            new = next((lr for lr in wanted if not _tried(lr, results, failed) and limits[0] <= lr <= limits[1]), None)
+            new = next((lr for lr in wanted if not _tried(lr, results, failed)), None)
             if new is None:
                 break
             run = Run(problem, new, batch, seed=seed)
             run.advance(math.ceil(results[best] * 1.3) + 1, goal)
+            if problem.clock.over and not run.failed and run.loss > goal:
+                break  # it had no chance
             results[new] = run.steps_to(goal)
+            known.add(new)
             if run.failed:
                 failed.append(new)
             best = min(results, key=lambda lr: results[lr])
-    lr, bracketed = _vertex(results, best)
-    return Raced(lr, results[best], goal, reached, bracketed, results, tuple(sorted(failed)))
+    if reached:
+        known |= set(results)  # whoever was still running was slower than the leader
+    lr, bracketed = _vertex({lr: steps for lr, steps in results.items() if lr in known}, best)
+    below_failure = any(lr < other <= 2 * lr for other in failed)
+    bracketed = bracketed or (below_failure and any(other < best for other in known))
+    return Raced(lr, results[best], goal, reached, bracketed, results, tuple(sorted(set(failed))))
 
 
 def _tried(lr: float, results: dict[float, float], failed: Sequence[float]) -> bool:

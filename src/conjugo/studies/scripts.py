@@ -30,11 +30,10 @@ def function_of(script: Path, name: str) -> Callable[[], Any]:
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module  # where pickle and dataclasses look for it
-    sys.path.insert(0, str(script.parent.resolve()))
-    try:
-        specification.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
+    folder = str(script.parent.resolve())
+    if folder not in sys.path:  # as Python does for a script; functions may import later
+        sys.path.insert(0, folder)
+    specification.loader.exec_module(module)
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if not callable(getattr(module, name, None)):
         unknown(f"function in {script}", name, functions)

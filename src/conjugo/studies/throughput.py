@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conjugo.curvature._linearized import available_memory
-from conjugo.studies.probes import Clock, Problem, Run
+from conjugo.studies.probes import Clock, Problem, Run, mean_loss
 
 __all__ = ["Memory", "StepTime", "measure_memory", "measure_step_time"]
 
@@ -55,7 +54,9 @@ class Memory:
 def measure_step_time(problem: Problem, sizes: Sequence[int], *, lr: float, clock: Clock) -> StepTime | None:
     """Time steps at *sizes*, ascending, and fit a line; stops at the first size for which there is no memory (None: the first).
 
-    Medians of up to 7 steps after a first one that does not count. At least two sizes are measured, others while there is time.
+    Medians of up to 7 steps on one batch, after a first one that does not count; loading is not part of it. At least two
+    sizes are measured, others while there is time. Where micro-batches are accumulated, smaller batches do not lie on the
+    line: leave them out of *sizes*.
     """
     measured: list[tuple[int, float]] = []
     for size in sizes:
@@ -63,12 +64,13 @@ def measure_step_time(problem: Problem, sizes: Sequence[int], *, lr: float, cloc
             break
         try:
             run = Run(problem, lr, size)
-            run._train()
-            times = []
+            parts = run.draw()  # once: loading is not what is timed
+            run.take_step(parts)
+            times: list[float] = []
             for _ in range(7):
                 _wait(problem.examples.device)
                 begin = time.perf_counter()
-                run._train()
+                run.take_step(parts)
                 _wait(problem.examples.device)
                 times.append(time.perf_counter() - begin)
                 if len(times) >= 3 and clock.over:
@@ -85,6 +87,8 @@ def measure_step_time(problem: Problem, sizes: Sequence[int], *, lr: float, cloc
 def _line(measured: Sequence[tuple[int, float]]) -> StepTime:
     """The line with coefficients >= 0 that has the smallest relative errors."""
     sizes, times = (np.array(column, dtype=float) for column in zip(*measured, strict=True))
+    if len(measured) == 1:  # fixed cost and that of examples cannot be told apart
+        return StepTime(0.0, float(times[0] / sizes[0]), tuple(measured))
     best: tuple[float, float, float] | None = None
     for columns in ((0, 1), (0,), (1,)):
         design = np.stack([1 / times, sizes / times], 1)[:, columns]
@@ -101,20 +105,20 @@ def _line(measured: Sequence[tuple[int, float]]) -> StepTime:
 
 def measure_memory(problem: Problem, *, lr: float) -> Memory:
     """What a step needs: the state is counted, and the tensors that autograd keeps, on two small batches."""
-    model = copy.deepcopy(problem.model)
+    available = available_memory(problem.examples.device)
+    model, optimizer = problem.fresh(lr)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = problem.make_optimizer(params, lr)
-    small = min(8, problem.examples.n // 2)
+    small = max(1, min(8, problem.examples.n // 2, (problem.micro_batch or 16) // 2))
     kept = []
     for size in (small, 2 * small):
         optimizer.zero_grad()
         kept.append(_kept_by_autograd(problem, model, size))
-    if not problem.needs_loss:  # Adam's state is not there before; of ours it is
-        optimizer.step()
+    if not (getattr(optimizer, "needs_loss", False) or getattr(optimizer, "needs_curvature", False)):
+        optimizer.step()  # Adam's state is not there before; that of ours is
     state = sum(_bytes(x) for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor))
     fixed = sum(_bytes(p) for p in model.parameters()) + sum(_bytes(b) for b in model.buffers())
     fixed += sum(_bytes(p) for p in params) + state
-    return Memory(fixed, round((kept[1] - kept[0]) / small), available_memory(problem.examples.device))
+    return Memory(fixed, round((kept[1] - kept[0]) / small), available)
 
 
 def _kept_by_autograd(problem: Problem, model: torch.nn.Module, size: int) -> int:
@@ -130,7 +134,7 @@ def _kept_by_autograd(problem: Problem, model: torch.nn.Module, size: int) -> in
 
     inputs, targets = problem.examples.take(torch.arange(size))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = problem.loss_fn(model(inputs), targets)
+        loss = mean_loss(problem.loss_fn, model(inputs), targets)
     loss.backward()  # type: ignore[no-untyped-call]
     return sum(found.values())
 
