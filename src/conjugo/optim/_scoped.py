@@ -118,6 +118,11 @@ class ScopedOptimizer(Optimizer):
             self.state[p]["scalars"] = row
 
     @property
+    def needs_loss(self) -> bool:
+        """Whether a step wants the loss of its batch: ``step(closure)`` or ``step(loss=loss)``."""
+        return self._rule.needs_loss
+
+    @property
     def skipped_steps(self) -> Tensor:
         """Steps left out because a gradient or the loss was not finite: 0-d int64, on the device of the parameters."""
         counts = [self.state[p]["scalars"][-1] for group in self.param_groups for p in group["params"]]
