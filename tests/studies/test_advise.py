@@ -279,13 +279,15 @@ def test_more_time_than_examples_asks_for_makes_no_difference():
 
 
 def test_data_that_draw_random_numbers_are_the_same_again():
+    inputs, targets = data(256)
+
     class Noisy(torch.utils.data.Dataset):
         def __len__(self):
             return 256
 
         def __getitem__(self, i):
             jitter = torch.rand(8) + np.random.rand() + random.random()  # noqa: NPY002
-            return data()[0][i] + 0.01 * jitter, data()[1][i]
+            return inputs[i] + 0.01 * jitter, targets[i]
 
     found = []
     for seed in (1, 2):
