@@ -82,7 +82,7 @@ def advise(
 
     1. Time steps at some batch sizes, and count the memory that they need. 2. Measure the largest eigenvalue of the Hessian
     and the gradient noise scale. 3. Let learning rates race to *target_loss* with batches of about three times that. 4.
-    Measure the noise scale along a run with the best one: its mean is what the critical batch is expected to be. 5. In mode
+    Measure the noise scale along a run with the best one: the median is what the critical batch is expected to be. 5. In mode
     ``"branch"`` do 3 again with batches an eighth, and eight times as large.
 
     Args:
@@ -104,7 +104,8 @@ def advise(
         world_size: workers that share each batch; None: the ranks of torch.distributed, or one. Where there are ranks, all call
             this together, rank 0 does the work, and all get the same.
         all_reduce: seconds in which these add up their gradients; None: measured, where torch.distributed has so many ranks,
-        else not counted, with a warning. device: None: that of the model.
+            else not counted, with a warning.
+        device: where to measure; None: that of the model.
         seed: of batches, random vectors, and what the model draws.
         callback: called with what begins.
 
@@ -337,7 +338,7 @@ class _Advisor:
         if mode == "branch":
             self._branch(batch, probes, goal, b_prior)
         forecast = self._forecast(probes, b_prior)
-        self._remarks(mode, probes, b_prior, forecast, raced.reached)
+        self._remarks(mode, probes, b_prior, forecast)
         if world_size > 1 and all_reduce is None:
             self.warnings.append(
                 f"the time in which {world_size} workers add up their gradients is not counted: give all_reduce"
@@ -581,9 +582,7 @@ class _Advisor:
             common=0.08,
         )
 
-    def _remarks(
-        self, mode: Mode, probes: Sequence[Probe], b_prior: float, forecast: StepsForecast, reached: bool
-    ) -> None:
+    def _remarks(self, mode: Mode, probes: Sequence[Probe], b_prior: float, forecast: StepsForecast) -> None:
         b_crit = forecast.b_crit.value
         if mode == "branch" and len(probes) > 1 and not 0.5 <= b_prior / b_crit <= 2:
             self.warnings.append(
