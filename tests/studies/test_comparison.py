@@ -217,6 +217,7 @@ def test_a_folder_without_results(tmp_path):
         ({"threads": 0}, "threads must be >= 1"),
         ({"train_limit": 1}, "train_limit must be None or >= 2"),
         ({"train": TrainConfig(steps=3)}, "train.steps must be None: the comparison sets it"),
+        ({"train": TrainConfig(batch_growth=1.0, batch_max=64, noise_scale=4)}, "train.batch_growth must be 0.0"),
         (
             {"train": TrainConfig(shard_state=True)},
             "TrainConfig: shard_state must be False unless the optimizer is NLCG",

@@ -21,6 +21,9 @@ _SET_BY_COMPARISON = (
     "optimizer_options",
     "batch_size",
     "batch_schedule",
+    "batch_growth",
+    "batch_max",
+    "noise_scale",
     "steps",
     "evaluations",
     "checkpoints",
@@ -36,7 +39,7 @@ class CompareConfig:
 
     Args:
         train: What all runs have in common (data, model, epochs, schedule, ...). Its optimizer, lr, optimizer_options,
-            batch_size, batch_schedule, steps, evaluations, checkpoints and seed are set by the comparison.
+            batch_size, batch_schedule, batch_growth, steps, evaluations, checkpoints and seed are set by the comparison.
         optimizers: Names of optimizers (see train.optimizer).
         batch_sizes: Examples per step; full for all of the training data.
         trials: Tuning runs per optimizer and batch size.
