@@ -132,6 +132,15 @@ def test_singular_values_become_about_one_and_singular_vectors_stay(dtype, rows,
     assert cosine > 0.97
 
 
+def test_products_in_bfloat16_are_right_to_a_few_per_cent():
+    for dtype in (torch.float32, torch.float64):
+        g = matrix_with(np.geomspace(1, 2e-2, 16), 16, 48)[0].to(dtype)
+        exact = preconditioned(Orthogonal(dtype=torch.float64), [g])
+        found = preconditioned(Orthogonal(dtype=torch.bfloat16), [g])
+        assert found.dtype == dtype
+        assert 1e-4 < ((found - exact).norm() / exact.norm()).item() < 0.03
+
+
 def test_newton_schulz_step_by_step_on_singular_values():
     values = np.geomspace(3, 1e-4, 8)
     g, _ = matrix_with(values, 8, 30)
@@ -554,6 +563,7 @@ def test_kernels_in_channels_last_are_the_same_matrices(kind):
         (Orthogonal, {"steps": 0}, "Orthogonal: steps must be an integer >= 1, got 0"),
         (Orthogonal, {"steps": True}, "Orthogonal: steps must be an integer >= 1, got True"),
         (Orthogonal, {"scale": math.inf}, r"Orthogonal: scale must be in \(0, inf\), got inf"),
+        (Orthogonal, {"dtype": torch.int64}, "Orthogonal: dtype must be None or one of .*, got torch.int64"),
         (Kronecker, {"decay": 1.0}, r"Kronecker: decay must be in \[0, 1\), got 1.0"),
         (Kronecker, {"period": 0}, "Kronecker: period must be an integer >= 1, got 0"),
         (Kronecker, {"damping": -1.0}, r"Kronecker: damping must be in \[0, inf\), got -1.0"),
