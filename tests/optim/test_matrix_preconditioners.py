@@ -368,6 +368,15 @@ def test_the_eigenbasis_of_a_covariance_is_found():
     assert 0.2 < np.exp(np.log(ratio).mean()) < 1.5
 
 
+@pytest.mark.parametrize("rows", [511, 512, 1030])
+def test_symmetric_products_of_large_matrices_are_taken_in_blocks(rows):
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+    total = torch.eye(rows, dtype=torch.float64)
+    matrix_preconditioners._add_gram(total, g)
+    torch.testing.assert_close(total, torch.eye(rows, dtype=torch.float64) + g @ g.mT, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 @pytest.mark.parametrize("kind", ["adam", "orthogonal", "kron"])
 def test_the_step_does_not_depend_on_the_scale_of_the_loss(kind, scale):
@@ -457,7 +466,7 @@ def test_gradients_whose_squares_overflow_are_left_out_and_counted():
     assert optimizer.state[params[1]]["bad_updates"].item() == 0
     for name in ("square", "left", "right", "left_basis", "right_basis", "updates", "renewed"):
         assert torch.equal(before[name], state[name]), name
-    assert all(p.isfinite().all() for p in params)
+    assert all(p.abs().max() < 100 for p in params)  # P g is 0 for it: it does not move by its size
 
 
 def test_a_basis_that_is_not_found_is_counted_and_tried_again(monkeypatch):
