@@ -301,7 +301,9 @@ class _Advisor:
         problem.judge_by(FEW)
         check(math.isfinite(problem.begin), "advise", "the loss of the model", problem.begin, "finite")
         part = problem.micro_batch
-        sizes = {4**k for k in range(1, 7)} if part is None else {part * k for k in (1, 2, 4, 8)}
+        # With small micro-batches only their multiples lie on a line; with large ones it is that of batches below.
+        multiples = part is not None and part < 64
+        sizes = {(part or 1) * k for k in (1, 2, 4, 8)} if multiples else {4**k for k in range(1, 7)}
         sizes = {min(size, self.largest) for size in sizes}
         step_time = measure_step_time(problem, sorted(sizes), lr=1e-8, clock=self.clock.share(0.1))
         if step_time is None:
