@@ -559,3 +559,11 @@ def test_all_ranks_get_what_rank_0_finds_alone():
     messages = run(2, advise_on_a_rank, 99.0)
     assert messages[0] == messages[1]
     assert "target_loss must be below" in messages[0]
+
+
+def test_where_memory_asks_for_large_micro_batches_small_steps_are_timed(monkeypatch):
+    """And not two of the largest kind, which may take minutes."""
+    monkeypatch.setattr("conjugo.studies.throughput.available_memory", lambda device: 39_000)
+    found = advise(network(), F.cross_entropy, data(), "sgd", target_loss=0.4, mode="fast", **LIMIT)
+    assert found.micro_batch == 256
+    assert found.step_time.measured[0][0] == 4
