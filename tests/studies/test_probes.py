@@ -148,7 +148,7 @@ def test_micro_batches_change_nothing_but_rounding():
     whole, cut = Run(problem(), 0.3, 17), Run(problem(micro_batch=5), 0.3, 17)
     for run in (whole, cut):
         run.advance(20)
-    for a, b in zip(whole.params, cut.params, strict=True):
+    for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert max(len(part) for part in cut.problem.parts(torch.arange(17))) == 5
 

@@ -47,8 +47,8 @@ class Advice:
 
     optimizer: str
     """Its name."""
-    catalogued: bool
-    """Whether ``conjugo train`` knows it by that name."""
+    catalogue_name: str | None
+    """What ``conjugo train`` calls it; None: it was not asked for by name."""
     lr_power: float
     """The power of 1 / (1 + B_crit / B) that the best learning rate follows between the probes' ones."""
     examples: int
@@ -111,7 +111,7 @@ class Advice:
     def recommended_batch(self) -> int:
         """The largest power of 2 up to the smaller one of `useful_batch` and `fastest_batch`, beyond which nothing is gained.
 
-        Never below the smallest batch of the probes by more than `useful_batch` asks for, nor below `world_size`.
+        Where `fastest_batch` lies below all probes, the smallest of these takes its place; and it is at least `world_size`.
         """
         best = min(self.useful_batch, max(self.fastest_batch, min(probe.batch for probe in self.probes)))
         least = 2 ** math.ceil(math.log2(self.world_size))
@@ -163,11 +163,11 @@ class Advice:
     def command(self, train: Mapping[str, Any] | None = None) -> str:
         """The call of ``conjugo train`` that follows the advice; *train*: its other settings, such as data and model."""
         accepted = "one of conjugo train: conjugo.training.optimizers.names()"
-        check(self.catalogued, "Advice.command", "the optimizer", self.optimizer, accepted)
+        check(self.catalogue_name is not None, "Advice.command", "the optimizer", self.optimizer, accepted)
         batch = self.recommended_batch
         words = {
             **(train or {}),
-            "optimizer": "adamw" if self.optimizer == "adam" else self.optimizer,
+            "optimizer": self.catalogue_name,
             "batch-size": batch,
             "lr": float(f"{self.lr(batch):.3g}"),
             "steps": math.ceil(self.steps(batch).value),

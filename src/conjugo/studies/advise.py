@@ -240,7 +240,7 @@ def _catalogued(name: str) -> str:
 
 
 class _Method(NamedTuple):
-    """What matters about an optimizer. entry: in the catalogue, or None. lr_power: see :class:`Advice`."""
+    """What matters about an optimizer. entry: of the catalogue, if asked for by name. lr_power: see :class:`Advice`."""
 
     name: str
     entry: optimizers.Entry | None
@@ -248,7 +248,6 @@ class _Method(NamedTuple):
     prior_factor: float
     like_sgd: bool
     conjugate: bool
-    catalogued: bool
 
 
 def _method(given: str | MakeOptimizer | Optimizer, made: Optimizer) -> _Method:
@@ -270,7 +269,6 @@ def _method(given: str | MakeOptimizer | Optimizer, made: Optimizer) -> _Method:
         prior_factor=MOMENTUM_FACTOR if momentum else PRIOR_FACTOR,
         like_sgd=kind in ("sgd", "frsgd") or conjugate,
         conjugate=conjugate,
-        catalogued=isinstance(given, str),
     )
 
 
@@ -347,7 +345,7 @@ class _Advisor:
             )
         return Advice(
             optimizer=self.method.name,
-            catalogued=self.method.catalogued,
+            catalogue_name=None if self.method.entry is None else self.method.entry.name,
             lr_power=self.method.lr_power,
             examples=problem.examples.n,
             target_loss=goal,
@@ -527,9 +525,8 @@ class _Advisor:
 
     def _expected(self, along: Sequence[NoiseScale]) -> float:
         """What the critical batch is expected to be: the median noise scale of a run, in the metric of its optimizer."""
-        middle = median(
-            noise.b_simple for noise in along
-        )  # a mean follows the few places where the gradient was hardly seen
+        # A mean would follow the few places where the gradient was hardly seen.
+        middle = median(noise.b_simple for noise in along)
         if 2 * sum(noise.lower_bound_only for noise in along) > len(along):
             self.method = self.method._replace(prior_factor=2 * self.method.prior_factor)
             self.warnings.append("the gradient was hardly seen for noise: the noise scale is a lower bound")

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from conjugo.distributed import GlobalBatchSampler
 from conjugo.errors import check
-from conjugo.scaling.noise_scale import LossFn, examples_in, is_whole, rows_of, undisturbed
+from conjugo.scaling.noise_scale import LossFn, devices_in_use, examples_in, is_whole, rows_of, undisturbed
 
 __all__ = ["Clock", "Examples", "MakeOptimizer", "Problem", "Raced", "Run", "race"]
 
@@ -215,7 +215,6 @@ class Run:
         self.batch = batch
         self.seed = seed
         self.model, self.optimizer = problem.fresh(lr)
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
         self._sampler = GlobalBatchSampler(problem.examples.n, batch, seed=seed)
         self.step = 0
         self._next = 1.0
@@ -229,7 +228,7 @@ class Run:
 
     def advance(self, to: int, target: float = -math.inf) -> None:
         """Train until step *to*, or until the loss is at *target*, or the clock is over, or it fails."""
-        with _seeded(self.problem.examples.device, (self.seed, self.step)):
+        with _seeded((self.seed, self.step)):
             while self.step < to and not self.failed and not self.problem.clock.over:
                 self._train()
                 if self.step >= self._next or self.step == to:
@@ -275,7 +274,7 @@ class Run:
 
     def release(self) -> None:
         """Give the memory back; the curve stays."""
-        del self.model, self.optimizer, self.params
+        del self.model, self.optimizer
 
     @property
     def stalled(self) -> bool:
@@ -309,9 +308,9 @@ def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float:
 
 
 @contextmanager
-def _seeded(device: torch.device, source: tuple[int, int]) -> Iterator[None]:
+def _seeded(source: tuple[int, int]) -> Iterator[None]:
     """What models draw inside depends on *source* alone, and nothing outside depends on it."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=devices_in_use()):
         torch.manual_seed(hash(source) % 2**63)
         yield
 
