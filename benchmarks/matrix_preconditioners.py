@@ -12,7 +12,8 @@ from torch import nn
 
 from benchmarks._timing import interleave, ratio, show
 from conjugo.optim import NLCG
-from conjugo.optim.matrix_preconditioners import Kronecker, Orthogonal
+from conjugo.optim.kronecker import Kronecker
+from conjugo.optim.orthogonal import Orthogonal
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

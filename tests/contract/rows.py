@@ -14,7 +14,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
 from conjugo.optim._fused import kernels
 from conjugo.optim.curvature_preconditioners import Hutchinson
-from conjugo.optim.matrix_preconditioners import Kronecker, Orthogonal
+from conjugo.optim.kronecker import Kronecker
+from conjugo.optim.orthogonal import Orthogonal
 
 CLAUSES = {
     "state from the start": "all state is allocated by the constructor",

@@ -7,7 +7,8 @@ from tests.distributed.test_nlcg import entire, fitted, wrapped
 
 from conjugo.optim import NLCG
 from conjugo.optim.adaptive_preconditioner import AdamDiagonal
-from conjugo.optim.matrix_preconditioners import Kronecker, Orthogonal
+from conjugo.optim.kronecker import Kronecker
+from conjugo.optim.orthogonal import Orthogonal
 
 
 def everything(p):

@@ -11,9 +11,10 @@ import torch
 from tests.contract.problems import assert_same
 from torch import nn
 
-from conjugo.optim import NLCG, matrix_preconditioners
+from conjugo.optim import NLCG, kronecker, orthogonal
 from conjugo.optim.adaptive_preconditioner import AdamDiagonal
-from conjugo.optim.matrix_preconditioners import Kronecker, Orthogonal, orthogonalized
+from conjugo.optim.kronecker import Kronecker
+from conjugo.optim.orthogonal import Orthogonal, orthogonalized
 
 BAND = (0.65, 1.25)
 """Where five Newton-Schulz steps bring singular values that are at least 1/1000 of the norm."""
@@ -207,7 +208,7 @@ def test_matrices_of_one_shape_are_worked_on_together(monkeypatch):
         calls.append(tuple(matrices.shape))
         return orthogonalized(matrices, *args, **options)
 
-    monkeypatch.setattr(matrix_preconditioners, "orthogonalized", spy)
+    monkeypatch.setattr(orthogonal, "orthogonalized", spy)
     params = parameters(shapes)
     before = [p.detach().clone() for p in params]
     after = run(NLCG(params, lr=1.0, precond="orthogonal"), params, [grads])
@@ -215,7 +216,7 @@ def test_matrices_of_one_shape_are_worked_on_together(monkeypatch):
     for a, b, g in zip(before[:-1], after, grads):
         torch.testing.assert_close(a - b, preconditioned("orthogonal", [g]), rtol=1e-9, atol=1e-12)
     calls.clear()
-    monkeypatch.setattr(matrix_preconditioners, "_BATCH", 700)  # two of them
+    monkeypatch.setattr(orthogonal, "_BATCH", 700)  # two of them
     params = parameters(shapes)
     bounded = run(NLCG(params, lr=1.0, precond="orthogonal"), params, [grads])
     assert sorted(calls) == [(1, 16, 20), (1, 30, 30), (2, 16, 20), (2, 16, 20)]
@@ -373,7 +374,7 @@ def test_symmetric_products_of_large_matrices_are_taken_in_blocks(rows):
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
     total = torch.eye(rows, dtype=torch.float64)
-    matrix_preconditioners._add_gram(total, g)
+    kronecker._add_gram(total, g)
     torch.testing.assert_close(total, torch.eye(rows, dtype=torch.float64) + g @ g.mT, rtol=1e-12, atol=1e-12)
 
 
@@ -400,7 +401,7 @@ def test_the_step_does_not_depend_on_the_scale_of_the_loss(kind, scale):
 
 
 def test_sides_that_are_too_large_have_no_basis_and_are_named_once(caplog):
-    matrix_preconditioners._log_too_large.cache_clear()
+    kronecker._log_too_large.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             params = parameters([(5, 4), (4, 5), (5, 6), (3, 4), (3, 1)])

@@ -13,15 +13,18 @@ size, which the norms of the gradients decide; ``step_sizes`` holds such rules f
 """
 
 from conjugo.optim.adagrad_norm import AdaGradNorm
+from conjugo.optim.adaptive_preconditioner import AdamDiagonal
 from conjugo.optim.averaging import PolynomialAverage, WeightEMA
 from conjugo.optim.cblr import CBLR, MCLR
 from conjugo.optim.classical import FullBatchCG, minimize
 from conjugo.optim.curvature_statistics import layer_curvature, layer_rates
 from conjugo.optim.frsgd import FRSGD
 from conjugo.optim.gradient_scales import batch_norm_scales, depth_scales
+from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.lamb import LAMB
 from conjugo.optim.lars import LARS
 from conjugo.optim.nlcg import NLCG
+from conjugo.optim.orthogonal import Orthogonal
 from conjugo.optim.small_loss import DiscardSmallLoss
 
 __all__ = [
@@ -32,8 +35,11 @@ __all__ = [
     "MCLR",
     "NLCG",
     "AdaGradNorm",
+    "AdamDiagonal",
     "DiscardSmallLoss",
     "FullBatchCG",
+    "Kronecker",
+    "Orthogonal",
     "PolynomialAverage",
     "WeightEMA",
     "batch_norm_scales",

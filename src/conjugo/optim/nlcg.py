@@ -23,8 +23,9 @@ from conjugo.optim._vectors import Scale
 from conjugo.optim.adaptive_preconditioner import AdamDiagonal
 from conjugo.optim.betas import RULES, Products, constant, ratio
 from conjugo.optim.curvature_preconditioners import CurvatureDiagonal, GaussNewtonDiagonal, Hutchinson
+from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.line_search import LineSearch
-from conjugo.optim.matrix_preconditioners import Kronecker, Orthogonal
+from conjugo.optim.orthogonal import Orthogonal
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 from conjugo.optim.step_sizes import Constant, StepSize, Verdict
 

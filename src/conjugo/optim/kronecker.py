@@ -1,0 +1,262 @@
+"""Adam's scaling of matrices in the eigenbasis of two Kronecker factors."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conjugo.errors import check
+from conjugo.optim._base import state_dtype
+from conjugo.optim.adaptive_preconditioner import State, counter, one_of
+from conjugo.optim.matrix_preconditioners import MatrixPreconditioner, is_count, picked, shape_of
+from conjugo.optim.preconditioners import Block, Secant
+
+__all__ = ["Kronecker"]
+
+_log = logging.getLogger(__name__)
+
+_BLOCK = 256
+"""Least side of a block of a symmetric product that is worth a call of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kronecker(MatrixPreconditioner):
+    r"""Adam's scaling in the eigenbasis of two running means, of g g^T and of g^T g.
+
+    With Q and R the eigenvectors of these, :math:`P g = Q \frac{Q^T g R}{\sqrt{v} + \mathrm{damping}\,\mathrm{rms}(v)
+    + \mathrm{eps}} R^T`, where v is the running mean of the squares of :math:`Q^T g R`, corrected for its start, and rms(v)
+    the root of its mean over the matrix. P is linear and symmetric positive definite, and changes slowly. As with
+    :class:`AdamDiagonal` the step does not change with the scale of the loss, and beta is near 1: set *beta_max* below 1.
+
+    A step uses means and basis of the steps before, so that no gradient is seen in a basis that it made itself. Hence the
+    first step of a parameter only learns: P g = 0, and nothing moves. The second one finds the eigenvectors, every *period*
+    steps later one step of the power iteration with a QR decomposition follows them. Where no gradient has shown anything yet
+    the basis is arbitrary.
+
+    decay: part of the old means of g g^T and g^T g in new ones, in [0, 1). period: >= 1. damping: >= 0. max_dim: a side with
+    more rows or columns than that keeps the identity as its basis, and so does one with a single row; where both sides do,
+    the parameter gets Adam's scaling; >= 1. A process logs such a shape once. matrices: default: all parameters with two
+    dimensions or more. beta2: of v and of Adam's scaling for all else. eps: as there.
+
+    State of a matrix [m, n]: ``square`` [m, n]; ``left`` and ``left_basis`` [m, m]; ``right`` and ``right_basis`` [n, n],
+    if those sides have a basis; 0-d in float64 ``updates``, gradients learned, ``renewed``, the number of those when the basis
+    was last renewed, and ``bad_updates``, gradients whose squares overflow, which are left out, and bases that could not be
+    found. The host looks at these counts twice in *period* steps, and waits for the device then.
+
+    Source: N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321; the relative damping is
+    ours.
+    """
+
+    decay: float = 0.95
+    period: int = 10
+    damping: float = 0.03
+    max_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        """Check the options; raises ``ValueError``."""
+        super().__post_init__()
+        check(0 <= self.decay < 1, self._name, "decay", self.decay, "in [0, 1)")
+        check(is_count(self.period), self._name, "period", self.period, "an integer >= 1")
+        check(0 <= self.damping < math.inf, self._name, "damping", self.damping, "in [0, inf)")
+        check(is_count(self.max_dim), self._name, "max_dim", self.max_dim, "an integer >= 1")
+
+    def suits(self, rows: int, columns: int) -> bool:
+        """Always."""
+        return True
+
+    def is_matrix(self, p: Tensor) -> bool:
+        """Whether *p* is one of the matrices, and a side of it has a basis."""
+        return super().is_matrix(p) and any(self._has_basis(size) for size in shape_of(p))
+
+    def _has_basis(self, size: int) -> bool:
+        return 1 < size <= self.max_dim
+
+    def init_state(self, p: Tensor) -> dict[str, Tensor]:
+        """As the base class; a side that is too large for a basis is logged."""
+        if super().is_matrix(p):
+            _log_too_large(shape_of(p), self.max_dim)
+        return super().init_state(p)
+
+    def matrix_state(self, p: Tensor) -> dict[str, Tensor]:
+        """Zeros, and identities for the bases."""
+        rows, columns = shape_of(p)
+        dtype, device = state_dtype(p), p.device
+        state = {"square": torch.zeros(p.shape, dtype=dtype, device=device)}
+        for side, size in (("left", rows), ("right", columns)):
+            if self._has_basis(size):
+                state[side] = torch.zeros(size, size, dtype=dtype, device=device)
+                state[f"{side}_basis"] = torch.eye(size, dtype=dtype, device=device)
+        return state | {name: counter(p) for name in ("updates", "renewed", "bad_updates")}
+
+    def treats(self, state: State) -> bool:
+        """A matrix has a basis."""
+        return "left" in state or "right" in state
+
+    def update(self, block: Block, secant: Secant) -> None:
+        """Renew the bases that are due, learn the squares in them, then the means that make the next ones."""
+        matrices, others = self.parts(block)
+        states, gradients = picked(block.states, others), picked(block.gradients, others)
+        self.learn_squares(states, gradients, secant.finite, block.foreach)
+        states = picked(block.states, matrices)
+        self._renew_due(block, states, secant.finite)
+        block.memo["learned"] = [
+            self._learn(state, g, secant.finite)
+            for state, g in zip(states, picked(block.gradients, matrices), strict=True)
+        ]
+
+    def apply(self, block: Block, vectors: list[Tensor], fresh: Tensor) -> list[Tensor]:
+        """Into the basis, divided, and back; 0 where nothing but a first gradient was learned."""
+        matrices, others = self.parts(block)
+        known = block.memo.pop("learned", None) if vectors is block.gradients else None
+        results = list(vectors)
+        divided = self.divided(picked(block.states, others), picked(vectors, others), block.foreach)
+        for i, z in zip(others, divided, strict=True):
+            results[i] = torch.where(block.states[i]["updates"] > 1, z, 0.0)
+        for at, i in enumerate(matrices):
+            state, vector = block.states[i], vectors[i]
+            rotated, good = known[at] if known else (_into(state, _matrix(vector)), None)
+            allowed = state["updates"] > 1
+            root = self._root(state, allowed if good is None else allowed & good)
+            z = _out_of(state, rotated / root).view(vector.shape)
+            results[i] = z if z.stride() == vector.stride() else torch.empty_like(vector).copy_(z)
+        return results
+
+    def _root(self, state: State, allowed: Tensor) -> Tensor:
+        """What the rotated gradient is divided by; infinity where not *allowed*, 0-d."""
+        v = _matrix(state["square"])
+        lacking = self.correction(state["updates"] - 1).to(v.dtype)
+        least = one_of(allowed, self.eps, math.inf, v.dtype) + self.damping * v.mean().sqrt() / lacking
+        return torch.addcmul(least, v.sqrt(), 1 / lacking)
+
+    def _learn(self, state: State, gradient: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a gradient, which is 0 where not *finite*, into the means, in place.
+
+        What it is in the basis, and whether its squares are finite.
+        """
+        g = _matrix(gradient)
+        good = torch.isfinite(torch.linalg.vector_norm(g).square())
+        learned = finite & good
+        rotated = _into(state, g)
+        rate = one_of(learned & (state["updates"] > 0), 1 - self.beta2, 0.0, g.dtype)
+        part = rotated * rate.sqrt()  # 0 where nothing is learned: no square may overflow
+        _matrix(state["square"]).mul_(1 - rate).addcmul_(part, part)
+        rate = one_of(learned, 1 - self.decay, 0.0, g.dtype)
+        part = g * rate.sqrt()
+        if "left" in state:
+            _add_gram(state["left"].mul_(1 - rate), part)
+        if "right" in state:
+            _add_gram(state["right"].mul_(1 - rate), part.mT)
+        state["updates"].add_(learned)
+        state["bad_updates"].add_(finite & ~good)
+        return rotated, good
+
+    def _renew_due(self, block: Block, states: Sequence[State], finite: Tensor) -> None:
+        """Renew the bases whose time has come. Reads counts from the device when it may have."""
+        if not states:
+            return
+        wait = block.memo.get("wait", 0)
+        if wait:
+            block.memo["wait"] = wait - 1
+            return
+        counts = torch.stack([torch.stack([state["updates"], state["renewed"]]) for state in states]).tolist()
+        waits = []
+        for state, (updates, renewed) in zip(states, counts, strict=True):
+            if updates >= 1 and (renewed == 0 or updates >= renewed + self.period):
+                self._renew(state, first=renewed == 0, finite=finite)
+                waits.append(0)  # the step may be one that is skipped
+            else:
+                waits.append(int(renewed + self.period - updates - 1) if renewed else 0)
+        block.memo["wait"] = min(waits)
+
+    def _renew(self, state: State, *, first: bool, finite: Tensor) -> None:
+        """New bases from the means; nothing changes where not *finite*, where there is only 0, or where none is found."""
+        found, some, changes = finite, finite, []
+        v = _matrix(state["square"])
+        for dim, side in enumerate(("left", "right")):
+            if side not in state:
+                continue
+            mean, basis = state[side], state[f"{side}_basis"]
+            peak = mean.diagonal().amax()  # the largest value of all
+            mean = mean / torch.where(peak > 0, peak, 1.0)
+            if first:
+                new = _eigenvectors(mean)
+            else:
+                turned = mean @ basis
+                order = (basis * turned).sum(0).argsort(descending=True, stable=True)
+                new = _orthonormalized(turned[:, order])
+                v = v.index_select(dim, order)
+            some = some & (peak > 0)
+            found = found & (peak > 0) & torch.isfinite(new).all()
+            changes.append((basis, new))
+        for old, new in [*changes, (_matrix(state["square"]), v)]:
+            old.copy_(torch.where(found, new, old))
+        state["renewed"].copy_(torch.where(found, state["updates"], state["renewed"]))
+        state["bad_updates"].add_(some & ~found)
+
+
+def _into(state: State, matrix: Tensor) -> Tensor:
+    """Q^T M R."""
+    if "left_basis" in state:
+        matrix = state["left_basis"].mT @ matrix
+    return matrix @ state["right_basis"] if "right_basis" in state else matrix
+
+
+def _out_of(state: State, matrix: Tensor) -> Tensor:
+    """Q M R^T."""
+    if "left_basis" in state:
+        matrix = state["left_basis"] @ matrix
+    return matrix @ state["right_basis"].mT if "right_basis" in state else matrix
+
+
+def _add_gram(total: Tensor, matrix: Tensor) -> None:
+    """total <- total + M M^T, in place. What is above the diagonal is the same as below, and large blocks of it are copied."""
+    half = len(total) // 2
+    if half < _BLOCK:
+        total.addmm_(matrix, matrix.mT)
+        return
+    upper, lower = matrix[:half], matrix[half:]
+    _add_gram(total[:half, :half], upper)
+    _add_gram(total[half:, half:], lower)
+    cross = upper @ lower.mT
+    total[:half, half:] += cross
+    total[half:, :half] += cross.mT
+
+
+def _eigenvectors(mean: Tensor) -> Tensor:
+    """Of the largest eigenvalue first; NaN if they are not found, in float64 neither."""
+    for dtype in dict.fromkeys((mean.dtype, torch.float64)):
+        try:
+            vectors: Tensor = torch.linalg.eigh(mean.to(dtype)).eigenvectors
+            return vectors.flip(1).to(mean.dtype)
+        except RuntimeError:  # LinAlgError: it did not converge
+            continue
+    return torch.full_like(mean, math.nan)
+
+
+def _orthonormalized(matrix: Tensor) -> Tensor:
+    """The factor Q of a QR decomposition."""
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """[rows, columns], contiguous; a view of contiguous tensors."""
+    return tensor.reshape(shape_of(tensor)).contiguous()
+
+
+@functools.cache
+def _log_too_large(shape: tuple[int, int], limit: int) -> None:
+    if max(shape) > limit:
+        sides = [name for name, size in zip(("rows", "columns"), shape, strict=True) if size > limit]
+        _log.info(
+            "Kronecker: a matrix of shape %s has more than max_dim=%d %s: no basis there",
+            shape,
+            limit,
+            " and ".join(sides),
+        )
