@@ -31,9 +31,16 @@ CASES: dict[str, Factory] = {
     "SOAP": lambda p: importlib.import_module("pytorch_optimizer").SOAP(p, lr=1e-3, precondition_frequency=10),
     "kron": lambda p: NLCG(p, lr=1e-3, beta_max=0.9, precond=Kronecker(period=10)),
     "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
-    "adam": lambda p: NLCG(p, lr=1e-3, beta_max=0.9, precond="adam", foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "adam": lambda p: NLCG(p, lr=1e-3, beta_max=0.9, precond="adam"),
 }
-PAIRS = {"orthogonal": "Muon", "orthogonal, bfloat16": "Muon", "kron": "SOAP", "adam": "AdamW, foreach"}
+PAIRS = [
+    ("orthogonal", "Muon"),
+    ("orthogonal, bfloat16", "Muon"),
+    ("kron", "SOAP"),
+    ("adam", "AdamW, foreach"),
+    ("adam", "AdamW, fused"),
+]
 
 
 def main() -> None:
@@ -72,7 +79,7 @@ def _measure(title: str, shapes: Sequence[tuple[int, int]], rounds: int = 30, st
         cases, rounds=rounds, clock=time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     )
     rows = []
-    for name, peer in PAIRS.items():
+    for name, peer in PAIRS:
         if peer in optimizers:
             middle, low, high = ratio(seconds[name], seconds[peer])
             times = [f"{1e3 * statistics.median(seconds[n]) / steps:.2f}" for n in (name, peer)]

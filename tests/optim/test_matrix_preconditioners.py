@@ -12,6 +12,7 @@ from tests.contract.problems import assert_same
 from torch import nn
 
 from conjugo.optim import NLCG, kronecker, orthogonal
+from conjugo.optim._fused import kernels
 from conjugo.optim.adaptive_preconditioner import AdamDiagonal
 from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.orthogonal import Orthogonal, orthogonalized
@@ -538,16 +539,68 @@ def run_ahead(optimizer, params, steps):
     return run(ahead, [p for group in ahead.param_groups for p in group["params"]], steps)
 
 
+MIXED = [(16, 20), (20, 16), (16, 20), (5,), (16, 3, 3, 3), (7, 3)]
+SQUARE = [(16, 16), (16, 4, 2, 2), (5,), (18, 18)]
+"""Of full rank: the Kronecker basis of others is arbitrary in part, and follows every rounding."""
+
+
 @pytest.mark.parametrize("kind", PRECONDS)
-def test_lists_and_single_tensors_agree(kind):
-    shapes = [(16, 20), (20, 16), (16, 20), (5,), (16, 3, 3, 3)]
+@pytest.mark.parametrize("rule", ["fr", "pr"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.1, "grad_scale": 0.5, "restart_on_ascent": True},
+        {"weight_decay": 0.1, "decoupled": True, "line_search": "online", "scope": "tensor"},
+    ],
+)
+def test_lists_single_tensors_and_kernels_agree(kind, rule, options):
+    shapes = SQUARE if kind == "kron" else MIXED
     steps = gradients(shapes, 12)
+    losses = np.random.default_rng(1).uniform(size=12)
     results = []
-    for foreach in (False, True):
+    for implementation in ({"foreach": False, "fused": False}, {"foreach": True}, {"fused": True}):
+        if "fused" in implementation and kernels is None:
+            continue
         params = parameters(shapes)
-        optimizer = NLCG(params, lr=0.01, beta_max=0.9, precond=PRECONDS[kind], foreach=foreach)
-        results.append(run(optimizer, params, steps))
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+        optimizer = NLCG(params, lr=0.01, beta_max=0.9, rule=rule, precond=PRECONDS[kind], **options | implementation)
+        seen = []
+        for grads, loss in zip(steps, losses, strict=True):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.clone()
+            optimizer.step(loss=loss)
+            seen.append([optimizer.last[name].clone() for name in ("beta", "rho", "cosine", "step_size")])
+        states = [{name: t for name, t in s.items() if name != "scalars"} for s in optimizer.state.values()]
+        results.append([[p.detach() for p in params], seen, states])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(kernels is None, reason="the C kernels are not built")
+@pytest.mark.parametrize("kind", PRECONDS)
+def test_kernels_in_float32_are_right_to_rounding(kind):
+    steps, results = gradients(MIXED, 2), []
+    for dtype, fused in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
+        params = parameters(MIXED, dtype)
+        run(NLCG(params, lr=0.01, beta_max=0.9, precond=PRECONDS[kind], fused=fused), params, steps)
+        results.append(torch.cat([p.detach().double().flatten() for p in params]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+    if kind != "kron":  # its basis depends on all roundings
+        torch.testing.assert_close(results[0], results[2], rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(kernels is None, reason="the C kernels are not built")
+def test_kernels_give_the_same_with_any_number_of_threads():
+    shapes, before, results = [(400, 700), (30, 40), (9,)], torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            params = parameters(shapes, torch.float32)
+            run(NLCG(params, lr=0.01, precond="adam", fused=True), params, gradients(shapes, 4))
+            results.append([p.detach() for p in params])
+    finally:
+        torch.set_num_threads(before)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("kind", PRECONDS)

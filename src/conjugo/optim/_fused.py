@@ -1,12 +1,14 @@
 """The vector work of the optimizers' steps on CPU tensors by the optional C kernels.
 
 :class:`FusedPasses` does what :mod:`conjugo.optim._passes` specifies. Without temporaries the passes cost what their memory
-traffic costs: 56 bytes per float32 parameter with the BFGS preconditioner (AdamW: 28), 24 without preconditioner (SGD with
-momentum: 20). :class:`KernelTable` is what a kernel reads and writes; :mod:`conjugo.optim._updates` has one too.
+traffic costs: 56 bytes per float32 parameter with the BFGS preconditioner, 40 with Adam's scaling (AdamW: 28), 24 without
+preconditioner (SGD with momentum: 20). What treats whole matrices gets gradients as tensors and gives tensors; the kernels
+do the rest. :class:`KernelTable` is what a kernel reads and writes; :mod:`conjugo.optim._updates` has one too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,11 @@ from torch import Tensor
 
 from conjugo._tensors import CHUNK, Array
 from conjugo.optim._passes import Move
-from conjugo.optim._vectors import Scale
+from conjugo.optim._vectors import Scale, effective_gradients
+from conjugo.optim.adaptive_preconditioner import AdamDiagonal
+from conjugo.optim.kronecker import Kronecker
+from conjugo.optim.matrix_preconditioners import MatrixPreconditioner, picked
+from conjugo.optim.orthogonal import Orthogonal
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 
 try:
@@ -31,6 +37,8 @@ __all__ = ["SERIAL", "FusedPasses", "KernelTable", "kernels", "share", "suits"]
 SERIAL = 4 * CHUNK
 """Below this number of values a second thread costs more than it saves."""
 
+_BUILT_IN = (type(None), Identity, DiagonalBFGS, AdamDiagonal, Orthogonal, Kronecker)
+
 _pools: dict[int, ThreadPoolExecutor] = {}
 """By number of threads."""
 
@@ -41,7 +49,7 @@ if hasattr(os, "register_at_fork"):
 
 def suits(blocks: Sequence[Block], preconditioner: Preconditioner | None = None) -> bool:
     """Whether the kernels can do the work: dense CPU parameters of one type, float32 or float64, and a built-in P or none."""
-    if kernels is None or type(preconditioner) not in (type(None), Identity, DiagonalBFGS):
+    if kernels is None or type(preconditioner) not in _BUILT_IN:
         return False
     params = [p for block in blocks for p in block.pieces()]
     return all(
@@ -76,7 +84,9 @@ class KernelTable:
         self.params: list[Tensor] = params
         self.pointers = np.zeros((n, k.N_POINTERS), dtype=np.int64)
         for name, column in columns.items():
-            self.pointers[:, column] = [state[name].data_ptr() if name in state else 0 for state in states]
+            for i, state in enumerate(states):
+                if name in state:
+                    self.pointers[i, column] = state[name].data_ptr()
         # An empty parameter has one empty piece.
         pieces = [
             (i, at, min(CHUNK, size - at)) for i, size in enumerate(sizes) for at in range(0, max(size, 1), CHUNK)
@@ -87,13 +97,14 @@ class KernelTable:
         self.coefficients = np.zeros((n, k.N_COEFFICIENTS))
         tables = (self.pointers, self.coefficients, self._pieces, self._sums)
         self._addresses = [table.ctypes.data for table in tables]
-        self._gradients: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        """Of this step, laid out as the parameters."""
 
     def bind(self) -> None:
         """Take the addresses of this step's gradients, and those of the parameters, which may have been exchanged."""
         self.params = [p for block in self._blocks for p in block.pieces()]
         raw = [g for block in self._blocks for g in block.raw_gradients()]
-        self._gradients = gradients = []
+        self.gradients = gradients = []
         for p, g, (dtype, stride) in zip(self.params, raw, self._layouts, strict=True):
             if p.dtype != dtype or p.stride() != stride or p.device.type != "cpu":
                 raise RuntimeError(
@@ -107,6 +118,15 @@ class KernelTable:
         """Set what the kernels see of gradient and parameter, for each parameter."""
         numbers = [(float(factor), float(decay)) for factor, decay in scales]
         self.coefficients[:, [kernels.SCALE, kernels.DECAY]] = numbers
+
+    def aligned(self, rows: Sequence[int], values: Sequence[Tensor], column: int) -> list[Tensor]:
+        """*values* laid out as the parameters *rows* are, for the kernels to read in *column*; the caller keeps them alive."""
+        found = [
+            x if x.stride() == self._layouts[i][1] else torch.empty_like(self.params[i]).copy_(x)
+            for i, x in zip(rows, values, strict=True)
+        ]
+        self.pointers[rows, column] = [x.data_ptr() for x in found]
+        return found
 
     def run(self, op: int, flags: int = 0) -> Array:
         """One pass; its sums per parameter, float64 [n, 4]."""
@@ -123,7 +143,7 @@ class KernelTable:
 
     def release(self) -> None:
         """The step is done: let go of the gradients, and tell autograd that the parameters have changed."""
-        self._gradients = []
+        self.gradients = []
         torch.autograd.graph.increment_version(self.params)
 
 
@@ -137,21 +157,76 @@ class FusedPasses:
         self._precond = preconditioner
         self._hessian = k.F_HESSIAN if isinstance(preconditioner, DiagonalBFGS) else 0
         self._store = k.F_STORE if "grad_prev" in blocks[0].states[0] and not self._hessian else 0
-        columns = {"grad_prev": k.PREV, "h": k.HESS, "direction": k.DIR}
+        columns = {"grad_prev": k.PREV, "h": k.HESS, "square": k.HESS, "direction": k.DIR}
         self._table = KernelTable(blocks, columns, owner="NLCG")
+        self._direction = 0
+        self._matrices: list[tuple[list[int], Block]] = []
+        """Numbers of parameters that are treated as matrices, and blocks of them alone."""
+        self._scaled: list[int] = []
+        """Numbers of those with Adam's scaling."""
+        self._counts: list[Array] = []
+        """Of these the squares learned, on the memory of the state."""
+        self._results: list[list[Tensor]] = []
         if isinstance(preconditioner, DiagonalBFGS):
             c = self._table.coefficients
             c[:, k.LOW], c[:, k.HIGH] = preconditioner.limits
+        if isinstance(preconditioner, AdamDiagonal):
+            self._part(blocks, preconditioner)
+
+    def _part(self, blocks: Sequence[Block], precond: AdamDiagonal) -> None:
+        """Find out which parameters are matrices."""
+        k, c, start = kernels, self._table.coefficients, 0
+        for block in blocks:
+            n = len(block.params)
+            matrices, others = precond.parts(block) if isinstance(precond, MatrixPreconditioner) else ([], range(n))
+            if matrices:
+                params, states = picked(block.params, matrices), picked(block.states, matrices)
+                alone = dataclasses.replace(block, params=params, states=states, memo={})
+                self._matrices.append(([start + i for i in matrices], alone))
+                c[self._matrices[-1][0], k.FORM] = k.F_GIVEN
+            self._scaled += [start + i for i in others]
+            self._counts += [block.states[i]["updates"].numpy() for i in others]
+            start += n
+        c[self._scaled, k.FORM] = k.F_SQUARE
+        c[self._scaled, k.MEMORY], c[self._scaled, k.NEW] = precond.beta2, 1 - precond.beta2
 
     def gradient(self, scales: Sequence[Scale], *, direction: bool, cross: bool, fresh: Array) -> Array:
         """[n, 4], see :mod:`conjugo.optim._passes`."""
         k = kernels
         self._table.bind()
         self._table.scale(scales)
+        for rows, block in self._matrices:
+            self._see(rows, block, scales)
         if isinstance(self._precond, DiagonalBFGS):
             self._table.coefficients[:, k.EPS] = self._precond.eps(fresh)
-        flags = (k.F_DIRECTION if direction else 0) | (k.F_CROSS | self._hessian if cross else 0)
-        return self._table.run(k.OP_GRADIENT, flags)
+        elif cross and isinstance(self._precond, AdamDiagonal):
+            self._divide(self._precond)
+            self._results = [
+                self._apply(rows, block, block.state("grad_prev"), fresh) for rows, block in self._matrices
+            ]
+        self._direction = k.F_DIRECTION if direction else 0
+        return self._table.run(k.OP_GRADIENT, self._direction | (k.F_CROSS | self._hessian if cross else 0))
+
+    def _see(self, rows: list[int], block: Block, scales: Sequence[Scale]) -> None:
+        """Have the gradients of matrices as the method sees them: they are tensors for the preconditioner."""
+        k, c = kernels, self._table.coefficients
+        if (c[rows][:, [k.SCALE, k.DECAY]] == (1.0, 0.0)).all():
+            block.gradients = picked(self._table.gradients, rows)
+            return
+        xs = effective_gradients(block, picked(scales, rows))
+        block.gradients = self._table.aligned(rows, xs, k.GRAD)
+        c[rows, k.SCALE], c[rows, k.DECAY] = 1.0, 0.0
+
+    def _apply(self, rows: list[int], block: Block, vectors: list[Tensor], fresh: Array) -> list[Tensor]:
+        """P v for matrices, where the kernels find it."""
+        found = self._precond.apply(block, vectors, torch.tensor(bool(fresh[rows[0]])))
+        return self._table.aligned(rows, found, kernels.HESS)
+
+    def _divide(self, precond: AdamDiagonal) -> None:
+        """Set what Adam's scaling divides by, from the counts as they are."""
+        k, c = kernels, self._table.coefficients
+        if self._scaled:
+            c[self._scaled, k.GAIN], c[self._scaled, k.EPS] = precond.divisor(np.array(self._counts))
 
     def difference(self) -> Array:
         """[n], see :mod:`conjugo.optim._passes`."""
@@ -163,6 +238,15 @@ class FusedPasses:
         Without preconditioner 0: all is known from the first pass.
         """
         k, c = kernels, self._table.coefficients
+        if isinstance(self._precond, AdamDiagonal):
+            for count in self._counts:
+                count += 1
+            self._divide(self._precond)
+            self._results = []
+            for rows, block in self._matrices:
+                self._precond.update(block, secant._replace(finite=torch.tensor(True)))
+                self._results.append(self._apply(rows, block, block.gradients, fresh))
+            return self._table.run(k.OP_PRECONDITION, self._direction)
         if not isinstance(self._precond, DiagonalBFGS):
             return np.zeros((len(c), 4))
         c[:, k.EPS] = self._precond.eps(fresh)
@@ -179,6 +263,9 @@ class FusedPasses:
         flags = self._hessian | self._store | (0 if move.undo is None else k.F_UNDO)
         totals = self._table.run(k.OP_MOVE, flags)[:, :2]
         self._table.release()
+        self._results = []
+        for _, block in self._matrices:
+            block.gradients = []
         return totals
 
 

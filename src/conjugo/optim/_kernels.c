@@ -11,11 +11,14 @@
 #include <stdint.h>
 
 enum { PARAM, GRAD, PREV, HESS, DIR, N_POINTERS };
-enum { SCALE, DECAY, EPS, ROOT_A, ROOT_B, SHIFT, LOW, HIGH, BETA, TAU, UNDO, KEEP, GAIN, LOOK, N_COEFFICIENTS };
+enum {
+    SCALE, DECAY, EPS, ROOT_A, ROOT_B, SHIFT, LOW, HIGH, BETA, TAU, UNDO, KEEP, GAIN, LOOK, MEMORY, NEW, FORM, N_COEFFICIENTS
+};
 enum { N_SUMS = 4, RUN = 512 };
 enum { OP_GRADIENT, OP_DIFFERENCE, OP_PRECONDITION, OP_MOVE, OP_MOMENTUM };
 enum { F_DECAY = 1, F_DIRECTION = 2, F_CROSS = 4, F_HESSIAN = 8, F_UPDATE = 16, F_ABSOLUTE = 32, F_STORE = 64, F_UNDO = 128 };
 enum { F_LOOK = 256 }; /* found out by the kernel itself, tensor by tensor, like F_DECAY (and F_DIRECTION in OP_MOMENTUM) */
+enum { F_SQUARE = 512, F_GIVEN = 1024 }; /* what HESS is, tensor by tensor, in the coefficient FORM: means of squares; P x itself */
 
 typedef struct {
     int64_t tensor, start, length;
@@ -49,12 +52,15 @@ typedef struct {
 #endif
 
 #define T float
+#define ROOT sqrtf
 #define SUFFIX(name) name##_f32
 #include "_kernels_body.h"
 #undef T
+#undef ROOT
 #undef SUFFIX
 
 #define T double
+#define ROOT sqrt
 #define SUFFIX(name) name##_f64
 #include "_kernels_body.h"
 
@@ -145,6 +151,7 @@ PyMODINIT_FUNC PyInit__kernels(void) {
     if (EXPORT(PARAM) || EXPORT(GRAD) || EXPORT(PREV) || EXPORT(HESS) || EXPORT(DIR) || EXPORT(N_POINTERS) ||
         EXPORT(SCALE) || EXPORT(DECAY) || EXPORT(EPS) || EXPORT(ROOT_A) || EXPORT(ROOT_B) || EXPORT(SHIFT) || EXPORT(LOW) ||
         EXPORT(HIGH) || EXPORT(BETA) || EXPORT(TAU) || EXPORT(UNDO) || EXPORT(KEEP) || EXPORT(GAIN) || EXPORT(LOOK) ||
+        EXPORT(MEMORY) || EXPORT(NEW) || EXPORT(FORM) || EXPORT(F_SQUARE) || EXPORT(F_GIVEN) ||
         EXPORT(N_COEFFICIENTS) || EXPORT(N_SUMS) || EXPORT(OP_MOMENTUM) || EXPORT(OP_GRADIENT) || EXPORT(OP_DIFFERENCE) || EXPORT(OP_PRECONDITION) || EXPORT(OP_MOVE) ||
         EXPORT(F_DECAY) || EXPORT(F_DIRECTION) || EXPORT(F_CROSS) || EXPORT(F_HESSIAN) || EXPORT(F_UPDATE) ||
         EXPORT(F_ABSOLUTE) || EXPORT(F_STORE) || EXPORT(F_UNDO)) {

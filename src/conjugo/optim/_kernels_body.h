@@ -7,12 +7,19 @@
  */
 
 #define EFFECTIVE(i) ((flags & F_DECAY) ? scale * g[i] + decay * p[i] : g[i])
+/* P x of the value x, where h[i] is v: an approximation of the Hessian, a mean of squares, P x already, or nothing */
+#define PRECONDITIONED(x, v)                                                                                             \
+    ((flags & F_GIVEN)     ? (v)                                                                                         \
+     : (flags & F_SQUARE)  ? (x) / (ROOT(v) * gain + eps)                                                                \
+     : (flags & F_HESSIAN) ? (x) / ((v) + eps)                                                                           \
+                           : (x))
+#define READ(h, i) ((flags & (F_GIVEN | F_SQUARE | F_HESSIAN)) ? h[i] : 0)
 
 /* |x|^2, <x, d>, <x, P prev>, |d|^2 */
 INLINE void SUFFIX(gradient)(const T *restrict p, const T *restrict g, const T *restrict prev, const T *restrict h,
                              const T *restrict d, int64_t n, const double *c, double *out, const int flags) {
     double sum_xx = 0, sum_xd = 0, sum_cross = 0, sum_dd = 0;
-    const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS];
+    const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], gain = (T)c[GAIN];
     for (int64_t start = 0; start < n; start += RUN) {
         const int64_t end = start + RUN < n ? start + RUN : n;
         T xx = 0, xd = 0, cross = 0, dd = 0;
@@ -21,7 +28,7 @@ INLINE void SUFFIX(gradient)(const T *restrict p, const T *restrict g, const T *
             const T x = EFFECTIVE(i);
             xx += x * x;
             if (flags & F_DIRECTION) xd += x * d[i], dd += d[i] * d[i];
-            if (flags & F_CROSS) cross += x * ((flags & F_HESSIAN) ? prev[i] / (h[i] + eps) : prev[i]);
+            if (flags & F_CROSS) cross += x * PRECONDITIONED(prev[i], READ(h, i));
         }
         sum_xx += (double)xx, sum_xd += (double)xd, sum_cross += (double)cross, sum_dd += (double)dd;
     }
@@ -76,19 +83,44 @@ INLINE void SUFFIX(precondition)(const T *restrict p, const T *restrict g, T *re
     out[0] = sum_rho, out[1] = sum_dhd, out[2] = sum_zz, out[3] = sum_zd;
 }
 
+/* As above with the means of squares h <- MEMORY h + NEW x^2, or with P x in the place of h; those with d for F_DIRECTION only */
+INLINE void SUFFIX(rescale)(const T *restrict p, const T *restrict g, T *restrict h, const T *restrict d, int64_t n,
+                            const double *c, double *out, const int flags) {
+    double sum_rho = 0, sum_zz = 0, sum_zd = 0;
+    const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], gain = (T)c[GAIN], memory = (T)c[MEMORY], new = (T)c[NEW];
+    for (int64_t start = 0; start < n; start += RUN) {
+        const int64_t end = start + RUN < n ? start + RUN : n;
+        T rho = 0, zz = 0, zd = 0;
+#pragma omp simd reduction(+ : rho, zz, zd)
+        for (int64_t i = start; i < end; i++) {
+            const T x = EFFECTIVE(i);
+            T v = h[i];
+            if (flags & F_SQUARE) {
+                v = memory * v + new * x * x;
+                h[i] = v;
+            }
+            const T z = PRECONDITIONED(x, v);
+            rho += x * z;
+            if (flags & F_DIRECTION) zz += z * z, zd += z * d[i];
+        }
+        sum_rho += (double)rho, sum_zz += (double)zz, sum_zd += (double)zd;
+    }
+    out[0] = sum_rho, out[1] = 0, out[2] = sum_zz, out[3] = sum_zd;
+}
+
 /* d <- -P x + BETA d, p <- KEEP p + UNDO d_old + TAU d; <x, d>, |d|^2 */
 INLINE void SUFFIX(move)(T *restrict p, const T *restrict g, T *restrict prev, const T *restrict h, T *restrict d, int64_t n,
                          const double *c, double *out, const int flags) {
     double sum_xd = 0, sum_dd = 0;
     const T scale = (T)c[SCALE], decay = (T)c[DECAY], eps = (T)c[EPS], beta = (T)c[BETA], tau = (T)c[TAU];
-    const T undo = (T)c[UNDO], keep = (T)c[KEEP];
+    const T undo = (T)c[UNDO], keep = (T)c[KEEP], gain = (T)c[GAIN];
     for (int64_t start = 0; start < n; start += RUN) {
         const int64_t end = start + RUN < n ? start + RUN : n;
         T xd = 0, dd = 0;
 #pragma omp simd reduction(+ : xd, dd)
         for (int64_t i = start; i < end; i++) {
             const T x = EFFECTIVE(i), old = d[i];
-            const T direction = old * beta - ((flags & F_HESSIAN) ? x / (h[i] + eps) : x);
+            const T direction = old * beta - PRECONDITIONED(x, READ(h, i));
             const T kept = (flags & F_UNDO) ? p[i] * keep + old * undo : p[i] * keep;
             p[i] = kept + direction * tau;
             d[i] = direction;
@@ -117,6 +149,8 @@ INLINE void SUFFIX(momentum)(T *restrict p, const T *restrict g, T *restrict m, 
 }
 
 #undef EFFECTIVE
+#undef PRECONDITIONED
+#undef READ
 
 /* <row, v> for each of the rows, then the smallest and the largest value of v, over begin..end-1; NaN makes both NaN. */
 CLONES static void SUFFIX(products)(const Line *line, int64_t begin, int64_t end, double *out) {
@@ -188,7 +222,7 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
 #define AT(which) (at[which] ? (T *)(uintptr_t)at[which] + block->start : (T *)0)
         T *p = AT(PARAM), *g = AT(GRAD), *prev = AT(PREV), *h = AT(HESS), *d = AT(DIR);
 #undef AT
-        int on = flags | ((c[SCALE] != 1 || c[DECAY] != 0) ? F_DECAY : 0);
+        int on = flags | ((c[SCALE] != 1 || c[DECAY] != 0) ? F_DECAY : 0) | (int)c[FORM];
         if (op == OP_MOMENTUM) on |= (d ? F_DIRECTION : 0) | (c[LOOK] != 0 ? F_LOOK : 0);
 #define CASE(which, call)                                                                                                \
     case (which): {                                                                                                      \
@@ -203,6 +237,7 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
     }
         switch (op) {
         case OP_GRADIENT:
+            if (!(on & F_CROSS)) on &= ~(F_SQUARE | F_GIVEN);
 #define CALL SUFFIX(gradient)(p, g, prev, h, d, n, c, out, f)
             switch (on) {
                 CASE(0, CALL)
@@ -211,6 +246,8 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
                 CASE(F_DIRECTION | F_DECAY, CALL)
                 CASE(F_CROSS, CALL)
                 CASE(F_CROSS | F_DECAY, CALL)
+                CASE(F_CROSS | F_SQUARE, CALL)
+                CASE(F_CROSS | F_GIVEN, CALL)
                 CASE(F_DIRECTION | F_CROSS | F_HESSIAN, CALL)
                 CASE(F_DIRECTION | F_CROSS | F_HESSIAN | F_DECAY, CALL)
                 OTHER(CALL)
@@ -221,6 +258,19 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
             SUFFIX(difference)(p, g, prev, n, c, out, on);
             break;
         case OP_PRECONDITION:
+            if (on & (F_SQUARE | F_GIVEN)) {
+#define CALL SUFFIX(rescale)(p, g, h, d, n, c, out, f)
+                switch (on) {
+                    CASE(F_SQUARE, CALL)
+                    CASE(F_SQUARE | F_DECAY, CALL)
+                    CASE(F_SQUARE | F_DIRECTION, CALL)
+                    CASE(F_GIVEN, CALL)
+                    CASE(F_GIVEN | F_DIRECTION, CALL)
+                    OTHER(CALL)
+                }
+#undef CALL
+                break;
+            }
 #define CALL SUFFIX(precondition)(p, g, prev, h, d, n, c, out, f)
             switch (on) {
                 CASE(0, CALL)
@@ -251,6 +301,9 @@ CLONES static void SUFFIX(run)(const Job *job, int op, int flags, Py_ssize_t beg
                 CASE(F_DECAY, CALL)
                 CASE(F_STORE, CALL)
                 CASE(F_STORE | F_DECAY, CALL)
+                CASE(F_SQUARE, CALL)
+                CASE(F_SQUARE | F_DECAY, CALL)
+                CASE(F_GIVEN, CALL)
                 CASE(F_HESSIAN, CALL)
                 CASE(F_HESSIAN | F_DECAY, CALL)
                 CASE(F_HESSIAN | F_UNDO, CALL)

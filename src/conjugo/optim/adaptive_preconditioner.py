@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conjugo._tensors import wide_dtype
+from conjugo._tensors import Array, namespace, wide_dtype
 from conjugo.errors import check
 from conjugo.optim._base import zeros_for
 from conjugo.optim.preconditioners import Block, Preconditioner, Secant
@@ -114,9 +114,14 @@ class AdamDiagonal(Preconditioner):
         torch._foreach_add_(roots, self.eps)
         return list(roots)
 
-    def correction(self, count: Tensor) -> Tensor:
+    def correction(self, count: Array) -> Array:
         """The root of what a mean over *count* values lacks: sqrt(1 - beta2^count); 1 for 0 values."""
-        return torch.where(count > 0, 1 - self.beta2**count, 1.0).sqrt()
+        xp = namespace(count)
+        return xp.sqrt(xp.where(count > 0, 1 - self.beta2**count, 1.0))
+
+    def divisor(self, count: Array) -> tuple[Array, Array]:
+        """Factor of sqrt(v), and what is then added, after *count* gradients: a vector is divided by the sum."""
+        return 1 / self.correction(count), self.eps + 0 * count
 
 
 def counter(p: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conjugo._tensors import Array, namespace
 from conjugo.errors import check
 from conjugo.optim._base import state_dtype
 from conjugo.optim.adaptive_preconditioner import State, counter, one_of
-from conjugo.optim.matrix_preconditioners import MatrixPreconditioner, is_count, picked, shape_of
-from conjugo.optim.preconditioners import Block, Secant
+from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, shape_of
 
 __all__ = ["Kronecker"]
 
@@ -98,34 +98,33 @@ class Kronecker(MatrixPreconditioner):
         """A matrix has a basis."""
         return "left" in state or "right" in state
 
-    def update(self, block: Block, secant: Secant) -> None:
+    def learn(self, matrices: Matrices, finite: Tensor) -> None:
         """Renew the bases that are due, learn the squares in them, then the means that make the next ones."""
-        matrices, others = self.parts(block)
-        states, gradients = picked(block.states, others), picked(block.gradients, others)
-        self.learn_squares(states, gradients, secant.finite, block.foreach)
-        states = picked(block.states, matrices)
-        self._renew_due(block, states, secant.finite)
-        block.memo["learned"] = [
-            self._learn(state, g, secant.finite)
-            for state, g in zip(states, picked(block.gradients, matrices), strict=True)
+        self._renew_due(matrices, finite)
+        matrices.memo["learned"] = [
+            self._learn(state, g, finite) for state, g in zip(matrices.states, matrices.gradients, strict=True)
         ]
 
-    def apply(self, block: Block, vectors: list[Tensor], fresh: Tensor) -> list[Tensor]:
+    def treat(self, matrices: Matrices, vectors: list[Tensor]) -> list[Tensor]:
         """Into the basis, divided, and back; 0 where nothing but a first gradient was learned."""
-        matrices, others = self.parts(block)
-        known = block.memo.pop("learned", None) if vectors is block.gradients else None
-        results = list(vectors)
-        divided = self.divided(picked(block.states, others), picked(vectors, others), block.foreach)
-        for i, z in zip(others, divided, strict=True):
-            results[i] = torch.where(block.states[i]["updates"] > 1, z, 0.0)
-        for at, i in enumerate(matrices):
-            state, vector = block.states[i], vectors[i]
-            rotated, good = known[at] if known else (_into(state, _matrix(vector)), None)
+        known = matrices.memo.pop("learned", None) if vectors is matrices.gradients else None
+        results = []
+        for i, (state, vector) in enumerate(zip(matrices.states, vectors, strict=True)):
+            rotated, good = known[i] if known else (_into(state, _matrix(vector)), None)
             allowed = state["updates"] > 1
             root = self._root(state, allowed if good is None else allowed & good)
-            z = _out_of(state, rotated / root).view(vector.shape)
-            results[i] = z if z.stride() == vector.stride() else torch.empty_like(vector).copy_(z)
+            results.append(_out_of(state, rotated / root).view(vector.shape))
         return results
+
+    def divided(self, states: Sequence[State], vectors: Sequence[Tensor], foreach: bool) -> list[Tensor]:
+        """As the base class; 0 where nothing but a first gradient was learned."""
+        found = super().divided(states, vectors, foreach)
+        return [torch.where(state["updates"] > 1, z, 0.0) for state, z in zip(states, found, strict=True)]
+
+    def divisor(self, count: Array) -> tuple[Array, Array]:
+        """As the base class; infinity where a first gradient was learned at most."""
+        factor, eps = super().divisor(count)
+        return factor, namespace(count).where(count > 1, eps, math.inf)
 
     def _root(self, state: State, allowed: Tensor) -> Tensor:
         """What the rotated gradient is divided by; infinity where not *allowed*, 0-d."""
@@ -156,13 +155,12 @@ class Kronecker(MatrixPreconditioner):
         state["bad_updates"].add_(finite & ~good)
         return rotated, good
 
-    def _renew_due(self, block: Block, states: Sequence[State], finite: Tensor) -> None:
+    def _renew_due(self, matrices: Matrices, finite: Tensor) -> None:
         """Renew the bases whose time has come. Reads counts from the device when it may have."""
-        if not states:
-            return
-        wait = block.memo.get("wait", 0)
+        states, memo = matrices.states, matrices.memo
+        wait = memo.get("wait", 0)
         if wait:
-            block.memo["wait"] = wait - 1
+            memo["wait"] = wait - 1
             return
         counts = torch.stack([torch.stack([state["updates"], state["renewed"]]) for state in states]).tolist()
         waits = []
@@ -172,7 +170,7 @@ class Kronecker(MatrixPreconditioner):
                 waits.append(0)  # the step may be one that is skipped
             else:
                 waits.append(int(renewed + self.period - updates - 1) if renewed else 0)
-        block.memo["wait"] = min(waits)
+        memo["wait"] = min(waits)
 
     def _renew(self, state: State, *, first: bool, finite: Tensor) -> None:
         """New bases from the means; nothing changes where not *finite*, where there is only 0, or where none is found."""
