@@ -10,19 +10,31 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from conjugo._space import is_dtensor
 from conjugo.errors import check
 from conjugo.optim.adaptive_preconditioner import AdamDiagonal, State
-from conjugo.optim.preconditioners import Block
+from conjugo.optim.preconditioners import Block, Secant
 
-__all__ = ["MatrixPreconditioner", "is_count", "picked", "shape_of"]
+__all__ = ["Matrices", "MatrixPreconditioner", "is_count", "picked", "shape_of"]
 
 T = TypeVar("T")
+
+
+@dataclass
+class Matrices:
+    """Whole matrices of one type that are worked on together; the lists run over them."""
+
+    states: list[State]
+    gradients: list[Tensor] = field(default_factory=list)
+    """[out, ...] each, in the type of the state; all 0 in a step that is skipped."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What the preconditioner wants to remember on the host; nothing of it is saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +62,14 @@ class MatrixPreconditioner(AdamDiagonal):
     def treats(self, state: State) -> bool:
         """Whether *state* is that of a matrix."""
 
+    def learn(self, matrices: Matrices, finite: Tensor) -> None:
+        """Learn from the gradients, in place; nothing may change where not *finite*, 0-d bool: all gradients are 0 then."""
+        return
+
+    @abstractmethod
+    def treat(self, matrices: Matrices, vectors: list[Tensor]) -> list[Tensor]:
+        """P v for each of *vectors*: new tensors; ``matrices.gradients`` itself is what was learned last."""
+
     def is_matrix(self, p: Tensor) -> bool:
         """Whether *p* is one of the matrices; complex and empty parameters and vectors never are."""
         if p.is_complex() or p.ndim < 2 or p.numel() == 0:
@@ -67,6 +87,37 @@ class MatrixPreconditioner(AdamDiagonal):
         )
         check(_is_whole(p), self._name, "the matrices", given, accepted)
         return self.matrix_state(p)
+
+    def update(self, block: Block, secant: Secant) -> None:
+        """Matrices by :meth:`learn`, Adam's scaling for all else."""
+        indices, others = self.parts(block)
+        self.learn_squares(picked(block.states, others), picked(block.gradients, others), secant.finite, block.foreach)
+        if indices:
+            matrices = self._matrices(block)
+            matrices.gradients = picked(block.gradients, indices)
+            self.learn(matrices, secant.finite)
+
+    def apply(self, block: Block, vectors: list[Tensor], fresh: Tensor) -> list[Tensor]:
+        """Matrices by :meth:`treat`, Adam's scaling for all else."""
+        indices, others = self.parts(block)
+        results = list(vectors)
+        found = self.divided(picked(block.states, others), picked(vectors, others), block.foreach)
+        if indices:
+            matrices = self._matrices(block)
+            given = matrices.gradients if vectors is block.gradients else picked(vectors, indices)
+            found += self.treat(matrices, given)
+            matrices.gradients = []
+        for i, z in zip([*others, *indices], found, strict=True):
+            same = z.stride() == vectors[i].stride()
+            results[i] = z if same else torch.empty_like(vectors[i]).copy_(z)
+        return results
+
+    def _matrices(self, block: Block) -> Matrices:
+        """The matrices of *block*."""
+        if "matrices" not in block.memo:
+            block.memo["matrices"] = Matrices(picked(block.states, self.parts(block)[0]))
+        matrices: Matrices = block.memo["matrices"]
+        return matrices
 
     def diagonal(self, state: Mapping[str, Tensor]) -> Tensor | None:
         """None: P as a whole is not diagonal."""

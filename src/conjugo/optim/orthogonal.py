@@ -12,8 +12,7 @@ from torch import Tensor
 
 from conjugo.errors import check
 from conjugo.optim.adaptive_preconditioner import State
-from conjugo.optim.matrix_preconditioners import MatrixPreconditioner, is_count, picked, shape_of
-from conjugo.optim.preconditioners import Block, Secant
+from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, shape_of
 
 __all__ = ["Orthogonal", "orthogonalized"]
 
@@ -83,22 +82,12 @@ class Orthogonal(MatrixPreconditioner):
         """A matrix has no mean of squares."""
         return "square" not in state
 
-    def update(self, block: Block, secant: Secant) -> None:
-        """Adam's, for all that is no matrix."""
-        _, others = self.parts(block)
-        states, gradients = picked(block.states, others), picked(block.gradients, others)
-        self.learn_squares(states, gradients, secant.finite, block.foreach)
-
-    def apply(self, block: Block, vectors: list[Tensor], fresh: Tensor) -> list[Tensor]:
-        """The scaled orthogonal factor of each matrix."""
-        matrices, others = self.parts(block)
+    def treat(self, matrices: Matrices, vectors: list[Tensor]) -> list[Tensor]:
+        """The scaled orthogonal factor of each; matrices of one shape, or that transposed, at once."""
         results = list(vectors)
-        divided = self.divided(picked(block.states, others), picked(vectors, others), block.foreach)
-        for i, z in zip(others, divided, strict=True):
-            results[i] = z
         alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i in matrices:
-            alike[tuple(sorted(shape_of(vectors[i])))].append(i)
+        for i, vector in enumerate(vectors):
+            alike[tuple(sorted(shape_of(vector)))].append(i)
         for (low, high), indices in alike.items():
             at_once = max(1, _BATCH // (low * high))
             for start in range(0, len(indices), at_once):
@@ -112,9 +101,7 @@ class Orthogonal(MatrixPreconditioner):
         factors = orthogonalized(batch, self.steps, scale=scale, dtype=self.dtype)
         for i, factor in zip(indices, factors.unbind(), strict=True):
             rows, columns = shape_of(vectors[i])
-            z = (factor if rows <= columns else factor.mT).reshape(vectors[i].shape)
-            same = z.stride() == vectors[i].stride()
-            results[i] = z if same else torch.empty_like(vectors[i]).copy_(z)
+            results[i] = (factor if rows <= columns else factor.mT).reshape(vectors[i].shape)
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5, *, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
