@@ -33,6 +33,8 @@ def test_the_names():
         "frsgd",
         "adagrad-norm",
         "adamw",
+        "muon",
+        "soap",
         "rmsprop",
         "lars",
         "lamb",
@@ -44,6 +46,8 @@ def test_the_names():
 
 @pytest.mark.parametrize("name", names())
 def test_each_one_lowers_a_loss(name):
+    if name == "soap":
+        pytest.importorskip("pytorch_optimizer")
     w = parameter()
     optimizer = build(name, [w])
     losses = []

@@ -37,8 +37,8 @@ class TrainConfig:
         model: mlp, mlp-bn (with batch norm), cnn, resnet8, resnet20, resnet32, resnet56, resnet50 (for ImageNet), or, in
             the original form, resnet8v1, ..., resnet56v1; None: the usual one for the data.
         optimizer: nlcg (nlcg-online, nlcg-step, nlcg-fr, nlcg-pr, nlcg-hutchinson, nlcg-gauss-newton, nlcg-adam,
-            nlcg-orthogonal, nlcg-kron), sgd, momentum, nesterov, frsgd, adagrad-norm, adamw, rmsprop, lars, lamb, mclr,
-            cblr, cblr-secant.
+            nlcg-orthogonal, nlcg-kron), sgd, momentum, nesterov, frsgd, adagrad-norm, adamw, muon, soap, rmsprop, lars, lamb,
+            mclr, cblr, cblr-secant.
         lr: Highest learning rate; None: the usual one of the optimizer.
         weight_decay: Coefficient of the weight decay, in the way of the optimizer.
         optimizer_options: Other options of the optimizer, by name.

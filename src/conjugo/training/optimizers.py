@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from conjugo._space import is_dtensor
 from conjugo.errors import unknown
 from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
+from conjugo.training.rivals import MuonAdamW, soap
 
 __all__ = ["Entry", "Tunable", "build", "entry", "names"]
 
@@ -104,6 +105,9 @@ _ENTRIES = (
         options={"momentum": 0.9},
     ),
     Entry(name="adamw", factory=AdamW, lr=1e-3, lr_range=(3e-4, 0.3), second=_BETA1),
+    # Rivals that treat weights as matrices; the latter wants the package pytorch_optimizer (extra bench).
+    Entry(name="muon", factory=MuonAdamW, lr=0.015, lr_range=(1e-3, 0.5), second=_MOMENTUM),
+    Entry(name="soap", factory=soap, lr=0.016, lr_range=(1e-3, 0.3), second=_BETA1),
     # The baseline of Adya, Palakkode & Tuzel 2018: with an epsilon of 1 it is practically SGD with momentum.
     Entry(
         name="rmsprop",
@@ -151,7 +155,7 @@ def build(
 ) -> Optimizer:
     """The optimizer called *name* for *params* (tensors or parameter groups).
 
-    lr: None takes that of the catalogue. weight_decay: coupled, but decoupled with ``adamw`` and ``lamb``. options:
+    lr: None takes that of the catalogue. weight_decay: coupled, but decoupled with ``adamw``, ``lamb``, ``muon`` and ``soap``. options:
     keyword arguments of the optimizer, over those of the catalogue; ``beta1`` and ``beta2`` stand for the two parts of
     ``betas``. torch's own SGD and AdamW are the fused ones, on CPU and GPU, where torch has them for the parameters.
 
