@@ -25,6 +25,7 @@ from conjugo.optim.lamb import LAMB
 from conjugo.optim.lars import LARS
 from conjugo.optim.nlcg import NLCG
 from conjugo.optim.orthogonal import Orthogonal
+from conjugo.optim.roles import parameter_groups, roles
 from conjugo.optim.small_loss import DiscardSmallLoss
 
 __all__ = [
@@ -47,4 +48,6 @@ __all__ = [
     "layer_curvature",
     "layer_rates",
     "minimize",
+    "parameter_groups",
+    "roles",
 ]

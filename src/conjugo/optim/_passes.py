@@ -24,7 +24,7 @@ from torch import Tensor
 from conjugo._tensors import Array, wide_dtype
 from conjugo.optim._base import as_real
 from conjugo.optim._vectors import Scale, add, dots, effective_gradients, minus, plus, scale, subtract
-from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
+from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Secant
 
 __all__ = ["Move", "TensorPasses"]
 
@@ -44,10 +44,11 @@ class TensorPasses:
     on_host = False
     """Whether reading a scalar costs nothing, so that Python may branch on it."""
 
-    def __init__(self, blocks: Sequence[Block], preconditioner: Preconditioner, *, sharded: bool) -> None:
-        self._precond = preconditioner
+    def __init__(self, blocks: Sequence[Block], *, sharded: bool) -> None:
         self._sharded = sharded
-        self._wants_z = sharded or (isinstance(preconditioner, DiagonalBFGS) and preconditioner.reference)
+        preconds = [block.precond for block in blocks]
+        self._wants_z = sharded or any(isinstance(p, DiagonalBFGS) and p.reference for p in preconds)
+        self._plain = all(isinstance(p, Identity) for p in preconds)
         starts = [sum(len(b.params) for b in blocks[:i]) for i in range(len(blocks))]
         self._blocks = list(zip(starts, blocks, strict=True))
         self._z: list[list[Tensor]] = []
@@ -60,21 +61,26 @@ class TensorPasses:
             xx = dots(xs, xs, block.foreach)
             ds = block.state("direction")
             xd, dd = (dots(v, ds, block.foreach) if direction else torch.zeros_like(xx) for v in (xs, ds))
-            old = self._precond.apply(block, block.state("grad_prev"), fresh[start]) if cross else None
+            old = block.precond.apply(block, block.state("grad_prev"), fresh[start]) if cross else None
             xz = torch.zeros_like(xx) if old is None else dots(xs, old, block.foreach)
             rows.append(torch.stack([xx, xd, xz, dd], 1))
         return torch.cat(rows)
 
     def difference(self) -> Tensor:
-        """[n]."""
+        """[n]; 0 where nothing is learned from steps."""
         rows = []
         for _, block in self._blocks:
+            if not block.precond.learns_from_steps:
+                like = block.state("direction")[0]
+                rows.append(torch.zeros(len(block.params), dtype=wide_dtype(like.device), device=like.device))
+                continue
             ys = minus(block.gradients, block.state("grad_prev"), block.foreach)
             rows.append(dots(ys, ys, block.foreach))
         return torch.cat(rows)
 
     def precondition(self, secant: Secant, *, fresh: Tensor) -> Tensor:
-        """[n, 4]; <d, H d> is 0 for a preconditioner that does not learn from steps, all are 0 without one.
+        """[n, 4]; <d, H d> is 0 for a preconditioner that does not learn from steps, all are 0 where no block
+        has one.
 
         secant: fields [n], but ``finite`` 0-d; fresh: bool [n], no step was taken yet.
         """
@@ -84,8 +90,8 @@ class TensorPasses:
         for start, block in self._blocks:
             # NaN * 0 is NaN: only a selection rids a skipped step of its gradient.
             block.gradients = [x.masked_fill(skip, 0.0) for x in block.gradients]
-            self._precond.update(block, Secant(*(f[start] if f.ndim else f for f in secant)))
-            z = self._precond.apply(block, block.gradients, fresh[start])
+            block.precond.update(block, Secant(*(f[start] if f.ndim else f for f in secant)))
+            z = block.precond.apply(block, block.gradients, fresh[start])
             self._z.append(z)
             rows.append(torch.stack(self._products(block, z), 1))
             if "grad_prev" in block.states[0]:
@@ -96,12 +102,12 @@ class TensorPasses:
         """<x, z>, <d, H d>, <z, z>, <z, d>, each [n]."""
         ds = block.state("direction")
         zero = torch.zeros(len(ds), dtype=wide_dtype(ds[0].device), device=ds[0].device)
-        if isinstance(self._precond, Identity):
+        if self._plain:
             return [zero] * 4
-        learns = self._precond.learns_from_steps
+        learns = block.precond.learns_from_steps
         return [
             dots(block.gradients, z, block.foreach),
-            dots(self._precond.multiply(block, ds), ds, block.foreach) if learns else zero,
+            dots(block.precond.multiply(block, ds), ds, block.foreach) if learns else zero,
             *([dots(z, z, block.foreach), dots(z, ds, block.foreach)] if self._wants_z else [zero, zero]),
         ]
 

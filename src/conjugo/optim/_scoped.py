@@ -109,6 +109,7 @@ class ScopedOptimizer(Optimizer):
     def _state_replaced(self) -> None:
         """Make the scalars of all parameters rows of one table, and forget what refers to the old tensors."""
         self._active: list[Tensor] = []
+        self._common: dict[str, Any] = {}
         params = [p for group in self.param_groups for p in group["params"]]
         devices = {p.device for p in params}
         if len(devices) != 1:
@@ -230,6 +231,27 @@ class ScopedOptimizer(Optimizer):
             keep[span] -= lr[span] * decay
         return keep
 
+    # State that is elsewhere -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state; collective where preconditioners leave the state of matrices with the ranks that own them."""
+        self._settle()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return super().__getstate__()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, with its own options, and allocate its state; also in the middle of training."""
+        self._settle()
+        super().add_param_group(param_group)
+
+    def _settle(self) -> None:
+        """Have all state in ``self.state``. Collective, if some lives with its owners."""
+        for settle in getattr(self, "_common", {}).get("settle", ()):
+            settle()
+
     # Which parameters take part --------------------------------------------------------------------------------------
 
     def _prepare(self) -> bool:
@@ -253,7 +275,7 @@ class ScopedOptimizer(Optimizer):
         if len(devices) > 1:
             raise RuntimeError(f"{self._name}: all parameters must be on one device, got {', '.join(devices)}")
         self._follow(active[0].device)
-        space = self._space = ParamSpace(
+        self._space = ParamSpace(
             active,
             group=self.process_group,
             sync=self._sync,
@@ -261,7 +283,7 @@ class ScopedOptimizer(Optimizer):
             labels=[i for i, p in enumerate(everything) if p.grad is not None],
             owner=self._name,
         )
-        owned = dict(zip(active, space.owned, strict=True))
+        self._common = {}
         order = {p: i for i, p in enumerate(everything)}
         self._active_groups = [group for group, _ in work]
         self._indices = []
@@ -272,7 +294,7 @@ class ScopedOptimizer(Optimizer):
             self._spans.append(slice(start, start + len(params)))
             position = {p: i for i, p in enumerate(group["params"])}
             self._indices.append([position[p] for p in params])
-            blocks += self._blocks(group, params, owned)
+            blocks += self._blocks(group, params)
         self._active = active
         self._on_host = self._lay_out(blocks)
         rows = torch.tensor([order[p] for p in active])
@@ -291,27 +313,37 @@ class ScopedOptimizer(Optimizer):
         old = table[self._rows, -2]
         table[self._rows, -2] = namespace(table).where(table[self._rows, 0] == 0, squares, old)
 
-    def _blocks(self, group: Group, params: list[Tensor], owned: dict[Tensor, bool]) -> Iterable[Block]:
-        """Runs of neighbouring *params* with one type, counted here or not."""
+    def _blocks(self, group: Group, params: list[Tensor]) -> Iterable[Block]:
+        """Runs of neighbouring *params* with one type, which have copies on the same ranks: the same runs on all ranks."""
         foreach = self.foreach if self.foreach is not None else params[0].device.type != "cpu"
 
         def block(run: list[Tensor]) -> Block:
             states = [{name: to_local(tensor) for name, tensor in self.state[p].items()} for p in run]
-            return Block(group, run, states, foreach, self._space.local)
+            return Block(group, run, states, foreach, self._space.local, space=self._space, common=self._common)
+
+        def copies(p: Tensor) -> object:
+            if is_dtensor(p):
+                return p.device_mesh, [q.is_replicate() for q in p.placements]
+            return self._space.slices is not None and p.ndim > 0
 
         run: list[Tensor] = []
         for p in params:
-            if run and (self._apart or p.dtype != run[-1].dtype or owned[p] != owned[run[-1]]):
+            if run and (self._apart or p.dtype != run[-1].dtype or copies(p) != copies(run[-1])):
                 yield block(run)
                 run = []
             run.append(p)
         yield block(run)
 
-    def _use_kernels(self, blocks: list[Block], preconditioner: Preconditioner | None = None) -> bool:
-        """Whether the compiled kernels do the vector work; raises RuntimeError where they must and cannot."""
-        fits = suits(blocks, preconditioner)
+    def _use_kernels(
+        self, blocks: list[Block], preconditioner: Preconditioner | None = None, *, alike: bool = True
+    ) -> bool:
+        """Whether the compiled kernels do the vector work; raises RuntimeError where they must and cannot.
+
+        preconditioner: that of the blocks, None: they have none. alike: whether it is that of all.
+        """
+        fits = alike and suits(blocks, preconditioner)
         if self.fused and not fits:
-            built_in = "" if preconditioner is None else ", a built-in preconditioner"
+            built_in = "" if preconditioner is None else ", one built-in preconditioner"
             raise RuntimeError(
                 f"{self._name}: fused=True needs dense float32 or float64 parameters of one type on a CPU{built_in}, "
                 "and the compiled kernels (see `conjugo doctor`)"

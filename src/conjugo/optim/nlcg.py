@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -87,7 +87,8 @@ class NLCG(ScopedOptimizer):
     Args:
         params: parameters or parameter groups, real or complex floating point, all on one device; of a model on many
             ranks those of this rank: whole (DDP) or DTensors (FSDP2, HSDP, tensor parallelism). Groups may have their own
-            *lr*, *weight_decay*, *decoupled*, *lars*, *grad_scale*, *beta_max* and *maximize*.
+            *lr*, *weight_decay*, *decoupled*, *lars*, *grad_scale*, *beta_max* and *maximize*, and their own *precond*;
+            :func:`~conjugo.optim.parameter_groups` makes some of a model.
         lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. A good one for SGD with momentum is a good start.
         rule: ``"fr"`` (Fletcher-Reeves: a momentum that adapts) or ``"pr"`` (Polak-Ribiere: without an exact line
             search :math:`\beta` is 0 in most steps, so it is close to gradient descent); or ``"constant"``:
@@ -96,7 +97,9 @@ class NLCG(ScopedOptimizer):
             Gauss-Newton matrix, which must be measured every few steps (:attr:`needs_curvature`, :meth:`measure`);
             ``"adam"``, the scaling of Adam; ``"orthogonal"``, which orthogonalises the gradients of matrices; ``"kron"``,
             Adam's scaling in an eigenbasis; or a :class:`~conjugo.optim.preconditioners.Preconditioner`. With the
-            last three named ones set *beta_max* below 1, and take a learning rate as for Adam.
+            last three named ones set *beta_max* below 1, and take a learning rate as for Adam. One choice for all
+            parameters, or one for each group: :math:`\beta` then comes from sums over all of them, so mix only what has the
+            same units (Adam's scaling and those for matrices have). Diagonal BFGS uses sums over its own parameters.
         line_search: ``"none"``; ``"online"`` or ``"step"``: when the loss grows against its running average (in every
             step; every *period* steps), the learning rate is reduced and a part of the last move is taken back. Needs the
             loss of each step: ``step(closure)`` or ``step(loss=loss)``. Or a
@@ -165,6 +168,7 @@ class NLCG(ScopedOptimizer):
         *ScopedOptimizer._pickled,
         "rule",
         "precond",
+        "preconds",
         "line_search",
         "removal",
         "mode",
@@ -212,7 +216,10 @@ class NLCG(ScopedOptimizer):
         self._check_name("mode", mode, ("exact", "reference"))
         self.rule = rule
         self.mode = mode
-        self.precond = self._preconditioner(precond, h0, h_bounds)
+        self._known = self._named(h0, h_bounds)
+        self.precond = self._preconditioner(precond)
+        self.preconds: list[Preconditioner] = []
+        """That of each group."""
         self.line_search = self._step_size(line_search, period, threshold)
         self.removal = removal or ("previous" if mode == "exact" else "current")
         self.restart_on_ascent = restart_on_ascent
@@ -231,6 +238,28 @@ class NLCG(ScopedOptimizer):
         }
         super().__init__(params, defaults, scope=scope, process_group=process_group, foreach=foreach, fused=fused)
 
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, with its own options and, by ``"precond"``, its own preconditioner; at any time."""
+        precond = self.precond
+        if isinstance(param_group, dict) and "precond" in param_group:
+            param_group = dict(param_group)  # which is saved: files hold numbers, not objects
+            precond = self._preconditioner(param_group.pop("precond"))
+        others = [own for own in self.preconds if isinstance(own, CurvatureDiagonal) and own != precond]
+        if isinstance(precond, CurvatureDiagonal) and others:
+            check(
+                False,
+                "NLCG",
+                "precond",
+                precond,
+                f"the same as in other groups where curvature is measured, {others[0]}",
+            )
+        self.preconds.append(precond)
+        try:
+            super().add_param_group(param_group)
+        except BaseException:
+            self.preconds.pop()
+            raise
+
     # Hooks of the base class -----------------------------------------------------------------------------------------
 
     def _check_group(self, group: Group) -> None:
@@ -247,11 +276,11 @@ class NLCG(ScopedOptimizer):
             check(good, "NLCG", "grad_scale", scale, accepted)
 
     def _init_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
-        home = self._home(p)
+        home, precond = self._home(p), self._precond_of(group)
         state = {"direction": zeros_for(home)}
-        if self.precond.learns_from_steps or self.rule == "pr":
+        if precond.learns_from_steps or self.rule == "pr":
             state["grad_prev"] = zeros_for(home)
-        return state | self.precond.init_state(home) | {"scalars": self._fresh_scalars(p)}
+        return state | precond.state_of(p, home) | {"scalars": self._fresh_scalars(p)}
 
     def _home(self, p: Tensor) -> Tensor:
         """*p* laid out as its state is to be."""
@@ -299,7 +328,7 @@ class NLCG(ScopedOptimizer):
         if "rho" not in self._last:
             return {}
         rho, gg, gd, dd = (self._pool(self._last[name]) for name in ("rho", "gg", "gd", "dd"))
-        names = ["beta", "step_size", "base_lr", "skipped"] + ["ys", "shs"] * self.precond.learns_from_steps
+        names = ["beta", "step_size", "base_lr", "skipped"] + ["ys", "shs"] * self._learns
         shown = {name: self._last[name] for name in names}
         root = namespace(gg).sqrt
         shown |= {"rho": rho, "cosine": ratio(-gd, root(gg) * root(dd))}
@@ -310,7 +339,11 @@ class NLCG(ScopedOptimizer):
 
         Empty where P is 1. Complex parameters have P for real and imaginary part, [..., 2].
         """
-        diagonals = {p: self.precond.diagonal(self.state[p]) for group in self.param_groups for p in group["params"]}
+        diagonals = {
+            p: precond.diagonal(self.state[p])
+            for group, precond in zip(self.param_groups, self.preconds, strict=True)
+            for p in group["params"]
+        }
         return {p: diagonal for p, diagonal in diagonals.items() if diagonal is not None}
 
     # Curvature ---------------------------------------------------------------------------------------------------------
@@ -322,14 +355,17 @@ class NLCG(ScopedOptimizer):
 
         The same on all ranks. Waits for the device in about one of *every* steps. False with all other preconditioners.
         """
-        if not isinstance(self.precond, CurvatureDiagonal) or self._estimates or self._wait:
+        precond = self._measuring
+        if precond is None or self._estimates or self._wait:
             return False
-        params = self._active or [p for group in self.param_groups for p in group["params"]]
+        params = self._measured(self._active or [p for group in self.param_groups for p in group["params"]])
+        if not params:
+            return False
         counts = torch.stack([self.state[p]["estimates"] for p in params])
         steps = torch.stack([self.state[p]["scalars"][0] for p in params])
         unknown = (counts == 0).to(steps)  # the first estimate was not finite, or the parameter has joined later
         oldest, some, late = torch.stack([steps.max(), unknown.max(), (unknown * steps).max()]).tolist()
-        wait = 0 if late else int(-oldest % self.precond.every)
+        wait = 0 if late else int(-oldest % precond.every)
         self._wait = wait if self._active and not some else 0
         return wait == 0
 
@@ -391,20 +427,31 @@ class NLCG(ScopedOptimizer):
     def skipped_estimates(self) -> Tensor:
         """Measurements of the curvature that were left out because they were not finite: 0-d int64, on the device."""
         self._curvature()
-        counts = [self.state[p]["bad_estimates"] for group in self.param_groups for p in group["params"]]
+        params = self._measured(p for group in self.param_groups for p in group["params"])
+        counts = [self.state[p]["bad_estimates"] for p in params]
         return torch.stack(counts).max().to(torch.int64)
 
     def _curvature(self) -> CurvatureDiagonal:
-        name = type(self.precond).__name__
+        found = self._measuring
+        names = ", ".join(dict.fromkeys(type(precond).__name__ for precond in self.preconds))
         accepted = "'hutchinson', 'gauss-newton' or another CurvatureDiagonal to measure curvature"
-        check(isinstance(self.precond, CurvatureDiagonal), "NLCG", "precond", name, accepted)
-        assert isinstance(self.precond, CurvatureDiagonal)
-        return self.precond
+        check(found is not None, "NLCG", "precond", names, accepted)
+        assert found is not None
+        return found
+
+    @property
+    def _measuring(self) -> CurvatureDiagonal | None:
+        """The preconditioner that learns from measurements, if a group has one."""
+        return next((precond for precond in self.preconds if isinstance(precond, CurvatureDiagonal)), None)
+
+    def _measured(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of *params* whose curvature is measured."""
+        return [p for p in params if "estimates" in self.state[p]]
 
     def _find_curvature(self) -> None:
         """Where a measurement is due and was not made, make it of gradients with a graph, or raise RuntimeError."""
-        precond = self.precond
-        if isinstance(precond, CurvatureDiagonal):
+        precond = self._measuring
+        if precond is not None:
             if self.needs_curvature:
                 graph = precond.uses_graph and any(p.grad.requires_grad for p in self._active if p.grad is not None)
                 if not graph:
@@ -434,17 +481,24 @@ class NLCG(ScopedOptimizer):
     def _learn(self, scales: Sequence[Scale], finite: Array) -> None:
         """Let the preconditioner learn from the estimates. Collective if sharded."""
         precond, space = self._curvature(), self._space
-        news, sums, sizes = [], [], []
+        news: list[list[Tensor]] = []
+        sums: list[Tensor] = []
+        sizes: list[float] = []
         start = 0
+        wide = wide_dtype(self._table.device)
         for block in self._measured_blocks:
-            dtype = block.state("curvature")[0].dtype
             factors = scales[start : start + len(block.params)]
             start += len(block.params)
+            if block.precond != precond:
+                news.append([])
+                sums += [torch.zeros((), dtype=wide, device=self._table.device)] * len(block.params)
+                sizes += [0.0] * len(block.params)
+                continue
+            dtype = block.state("curvature")[0].dtype
             pieces = [as_real(block.local(precond.averaged(self._estimates[p]))).to(dtype) for p in block.params]
             block.curvature = [(e * a).to(dtype) for e, (a, _) in zip(pieces, factors, strict=True)]
             news.append(precond.mixed(block))
             block.curvature = []
-            wide = wide_dtype(pieces[0].device)
             sums += [precond.sizes(x).sum(dtype=wide) for x in news[-1]]
             sizes += [float(p.numel() * (2 if p.is_complex() else 1)) for p in block.params]
         totals = space.reduce(torch.stack(sums)[None])[0]
@@ -453,8 +507,9 @@ class NLCG(ScopedOptimizer):
         means = self._pool(totals) / self._pool(numbers).clamp(min=1.0)
         start = 0
         for block, new in zip(self._measured_blocks, news, strict=True):
-            precond.learn(block, new, means[start : start + len(new)], good=good, finite=finite)
-            start += len(new)
+            if new:
+                precond.learn(block, new, means[start : start + len(new)], good=good, finite=finite)
+            start += len(block.params)
         self._estimates = {}
 
     # The step --------------------------------------------------------------------------------------------------------
@@ -495,7 +550,7 @@ class NLCG(ScopedOptimizer):
         scales = self._scales()
         parts = passes.gradient(
             scales,
-            direction=self.precond.learns_from_steps or self.restart_on_ascent or space.sharded,
+            direction=self._learns or self.restart_on_ascent or space.sharded,
             cross=self.rule == "pr",
             fresh=old.step <= 1,
         )
@@ -514,7 +569,7 @@ class NLCG(ScopedOptimizer):
             self._learn(scales, finite)
         # Second sum over ranks, which needs the results of the first one: the preconditioner has changed.
         products = passes.precondition(secant, fresh=first).T
-        if isinstance(self.precond, Identity):
+        if all(isinstance(precond, Identity) for precond in self.preconds):
             rho, old_dhd, zz, zd = xx, 0 * xx, xx, xd
         else:
             rho, old_dhd, zz, zd = space.reduce(products)
@@ -528,7 +583,7 @@ class NLCG(ScopedOptimizer):
         # Inner products of the new direction d = -z + beta d', z = P x, without a third sum over ranks. H z = x - eps z.
         if space.sharded:
             gd, dd = beta * xd - rho, zz - 2 * beta * zd + beta * beta * old_dd
-        eps = self.precond.eps(first) if isinstance(self.precond, DiagonalBFGS) else 0.0
+        eps = self._eps(first)
         dhd = (rho - eps * zz) - 2 * beta * (xd - eps * zd) + beta * beta * old_dhd
         pure = 1.0 + 0 * lr if verdict.remove is None else xp.where(verdict.remove == 0, 1.0, 0.0)
         new = Scalars(old.step + 1, rho, verdict.length, pure, xx, gd, dhd)
@@ -550,7 +605,7 @@ class NLCG(ScopedOptimizer):
         """Sums over all ranks of the first pass's *parts*, by column, and <y, y> or None; and the mean loss."""
         space, value = self._space, self._loss_value(loss)
         rows = parts.T
-        early = self.precond.learns_from_steps and not self._passes.on_host
+        early = self._learns and not self._passes.on_host
         if early:  # what the host may look at first, if it is needed at all, would make a device wait
             rows = torch.cat([rows, self._passes.difference()[None]])
         if space.sharded:
@@ -563,14 +618,17 @@ class NLCG(ScopedOptimizer):
     def _pooled(self, old: Scalars, tau: Array, xx: Array, xd: Array, cross: Array, dd: Array) -> Sums:
         """All sums over the scope that are known before the preconditioner is updated, in one go."""
         # <y, s> = tau (<g, d'> - <g', d'>) takes no pass over memory.
-        parts = (tau * (xd - old.gd), tau * tau * old.dhd, tau * tau * dd, xx, old.gg, xd, cross, old.rho)
+        curvature = [tau * (xd - old.gd), tau * tau * old.dhd, tau * tau * dd]
+        if self._learners is not None:  # all others have no part in the model of the Hessian
+            curvature = [torch.where(self._learners, part, 0.0) for part in curvature]
+        parts = (*curvature, xx, old.gg, xd, cross, old.rho)
         return Sums(tau, *self._pool(namespace(xx).stack(parts)))
 
     def _secant(self, old: Scalars, sums: Sums, finite: Array, change: Array) -> Secant:
         """What the last step taught; *change*: <y, y> of each parameter, or None where it was not worked out."""
         seen = old.step > 0
         usable = seen if self.mode == "reference" else seen & (old.pure == 1)
-        if not self.precond.learns_from_steps:
+        if not self._learns:
             yy = sums.xx
         elif change is None:
             yy = self._bounded_change(old, sums)
@@ -680,20 +738,44 @@ class NLCG(ScopedOptimizer):
         self._passes: TensorPasses | FusedPasses
         self._wait = 0
         self._measured_blocks = blocks
-        if self._use_kernels(blocks, self.precond):
-            self._passes = FusedPasses(blocks, self.precond)
+        for block in blocks:
+            block.precond = self._precond_of(block.group)
+        preconds = [block.precond for block in blocks]
+        alike = all(precond == preconds[0] for precond in preconds)
+        if self._use_kernels(blocks, preconds[0], alike=alike):
+            self._passes = FusedPasses(blocks, preconds[0])
         else:
-            self._passes = TensorPasses(blocks, self.precond, sharded=self._space.sharded)
+            self._passes = TensorPasses(blocks, sharded=self._space.sharded)
+        learns = [block.precond.learns_from_steps for block in blocks for _ in block.params]
+        self._learners = None
+        if len(set(learns)) > 1:
+            self._learners = torch.tensor(learns).to(self._table.device)
         return self._passes.on_host
+
+    @property
+    def _learns(self) -> bool:
+        """Whether a preconditioner learns from steps."""
+        return any(precond.learns_from_steps for precond in self.preconds)
+
+    def _precond_of(self, group: Group) -> Preconditioner:
+        return next(precond for own, precond in zip(self.param_groups, self.preconds, strict=True) if own is group)
+
+    def _eps(self, first: Array) -> Array:
+        """What is added to h in P, [n]; 0 where there is no h."""
+        if not any(isinstance(precond, DiagonalBFGS) and precond.reference for precond in self.preconds):
+            return 0.0
+        eps = 0.0 * self._per_parameter("lr")
+        for group, span in zip(self._active_groups, self._spans, strict=True):
+            precond = self._precond_of(group)
+            if isinstance(precond, DiagonalBFGS):
+                eps[span] = precond.eps(first[span])
+        return eps
 
     # Options ---------------------------------------------------------------------------------------------------------
 
-    def _preconditioner(self, precond: str | Preconditioner, h0: float, bounds: tuple[float, float]) -> Preconditioner:
-        built_in = DiagonalBFGS(h0=h0, bounds=bounds, reference=self.mode == "reference")
-        if isinstance(precond, Preconditioner):
-            return precond
-        known: dict[str, Preconditioner] = {
-            "bfgs": built_in,
+    def _named(self, h0: float, bounds: tuple[float, float]) -> dict[str, Preconditioner]:
+        return {
+            "bfgs": DiagonalBFGS(h0=h0, bounds=bounds, reference=self.mode == "reference"),
             "none": Identity(),
             "hutchinson": Hutchinson(),
             "gauss-newton": GaussNewtonDiagonal(),
@@ -701,8 +783,12 @@ class NLCG(ScopedOptimizer):
             "orthogonal": Orthogonal(),
             "kron": Kronecker(),
         }
-        self._check_name("precond", precond, tuple(known))
-        return known[precond]
+
+    def _preconditioner(self, precond: object) -> Preconditioner:
+        if isinstance(precond, Preconditioner):
+            return precond
+        self._check_name("precond", precond, tuple(self._known))
+        return self._known[str(precond)]
 
     def _step_size(self, line_search: str | StepSize, period: int, threshold: float) -> StepSize | None:
         if isinstance(line_search, StepSize):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from conjugo._space import ParamSpace
 from conjugo._tensors import Array, namespace
 from conjugo.errors import check
 from conjugo.optim._base import zeros_for
@@ -34,12 +35,18 @@ class Block:
     foreach: bool
     local: Callable[[Tensor], Tensor]
     """This rank's piece of a parameter or of its gradient."""
+    precond: Preconditioner = field(default_factory=lambda: Identity())
+    """P."""
     gradients: list[Tensor] = field(default_factory=list)
     """As the method sees them (scaled, with weight decay), in the type of the state; all 0 in a step that is skipped."""
     curvature: list[Tensor] = field(default_factory=list)
     """Estimates of the diagonal of the Hessian, as the method sees it, where the preconditioner learns from such."""
     memo: dict[str, Any] = field(default_factory=dict)
     """What the preconditioner wants to remember on the host until parameters or state are exchanged; nothing of it is saved."""
+    space: ParamSpace | None = None
+    """Which rank holds which part of which parameter."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """As ``memo``, of all blocks together. ``common["settle"]``: functions to call before state is looked at."""
 
     def pieces(self) -> list[Tensor]:
         """This rank's pieces of the parameters, on their memory."""
@@ -81,6 +88,10 @@ class Preconditioner(ABC):
     @abstractmethod
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         """State of one parameter, complete before the first step: tensors by name (not direction, grad_prev, scalars)."""
+
+    def state_of(self, p: Tensor, home: Tensor) -> dict[str, Tensor]:
+        """State of the parameter *p*, laid out like *home*, which is *p* itself unless ``shard_state`` cuts state only."""
+        return self.init_state(home)
 
     def update(self, block: Block, secant: Secant) -> None:
         """Learn from ``block.gradients`` and *secant*; in place, without reading tensor values on the host."""
