@@ -24,7 +24,7 @@ from torch import Tensor
 from conjugo._tensors import Array, dot
 from conjugo.errors import check
 
-__all__ = ["ParamSpace", "Slices", "from_local", "is_dtensor", "to_local"]
+__all__ = ["ParamSpace", "Slices", "chunk", "from_local", "gathered", "is_dtensor", "to_local"]
 
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
@@ -63,6 +63,22 @@ def from_local(local: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def chunk(n: int, world_size: int, rank: int) -> tuple[int, int]:
+    """First of *n* rows that *rank* has of a tensor with placement Shard(0), and their number."""
+    size = -(-n // world_size)
+    first = min(rank * size, n)
+    return first, min(size, n - first)
+
+
+def gathered(piece: Tensor, group: Any) -> Tensor:
+    """Collective: the tensors of all ranks, 1-d and of one size, in one."""
+    everything = piece.new_empty(dist.get_world_size(group) * len(piece))
+    # Newer versions have a new name for it and warn about the old one.
+    gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everything, piece, group=group)
+    return everything
+
+
 class Slices:
     """Rows of whole tensors, shared out over the ranks of a group like a DTensor with placement Shard(0) (as FSDP2 does).
 
@@ -87,9 +103,8 @@ class Slices:
 
     def rows(self, n: int, rank: int | None = None) -> slice:
         """Those of the *n* rows of a tensor that *rank* (default: this one) has."""
-        size = -(-n // self.world_size)
-        first = min((self.rank if rank is None else rank) * size, n)
-        return slice(first, min(first + size, n))
+        first, size = chunk(n, self.world_size, self.rank if rank is None else rank)
+        return slice(first, first + size)
 
     def piece(self, tensor: Tensor) -> Tensor:
         """This rank's rows of *tensor*: a view."""
@@ -131,9 +146,7 @@ class Slices:
         ]
         own = torch.empty(sizes[0], dtype=tensors[0].dtype, device=tensors[0].device)
         torch.cat([self.piece(t).reshape(-1) for t in tensors], out=own[: sizes[1]])
-        everything = torch.empty(self.world_size * sizes[0], dtype=own.dtype, device=own.device)
-        _all_gather(everything, own, self.group)
-        for rank, values in enumerate(torch.split(everything, sizes[0])):
+        for rank, values in enumerate(torch.split(gathered(own, self.group), sizes[0])):
             if rank == self.rank:
                 continue
             start = 0
@@ -141,12 +154,6 @@ class Slices:
                 rows = t[self.rows(len(t), rank)]
                 rows.copy_(values[start : start + rows.numel()].view(rows.shape))
                 start += rows.numel()
-
-
-def _all_gather(output: Tensor, piece: Tensor, group: Any) -> None:
-    # Newer versions have a new name for it and warn about the old one.
-    gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(output, piece, group=group)
 
 
 class ParamSpace:
