@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from conjugo.studies.statistics import first_reached, mean_sd, median_reached, usable_octaves, welch
+from conjugo.studies.statistics import first_reached, holm, mean_sd, median_reached, paired, usable_octaves, welch
 
 
 def test_mean_and_standard_deviation():
@@ -26,6 +26,20 @@ def test_welch_follows_the_textbook():
 @pytest.mark.parametrize(("a", "b"), [([0.9], [0.8, 0.7]), ([0.9, 0.9], [0.8, 0.8]), ([], [0.1, 0.2])])
 def test_welch_says_nothing_without_spread(a, b):
     assert welch(a, b) is None
+
+
+def test_the_paired_test_is_that_of_scipy():
+    a, b = [0.91, 0.93, 0.95, 0.92], [0.90, 0.90, 0.91, 0.93]
+    assert paired(a, b) == pytest.approx(float(stats.ttest_rel(a, b).pvalue), rel=1e-10)
+    assert paired([0.9], [0.8]) is None
+    assert paired([0.75, 0.5], [0.5, 0.25]) is None  # the same difference twice
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    # The textbook's way: the smallest times 4, the next times 3, never below the one before, at most 1.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_first_step_at_the_target():

@@ -12,9 +12,11 @@ __all__ = [
     "USABLE",
     "Octaves",
     "first_reached",
+    "holm",
     "largest_usable",
     "mean_sd",
     "median_reached",
+    "paired",
     "usable_octaves",
     "welch",
 ]
@@ -43,6 +45,31 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
 
     sides = (*mean_sd(a), len(a), *mean_sd(b), len(b))
     return float(stats.ttest_ind_from_stats(*sides, equal_var=False).pvalue)
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Two-sided p-value of the paired t-test that the differences between *a* and *b*, of equal length, have mean 0.
+
+    None where the test says nothing: fewer than two pairs, or differences that are all the same.
+    """
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return None
+    from scipy import stats
+
+    mean, sd = mean_sd(differences)
+    t = abs(mean) / (sd / math.sqrt(len(differences)))
+    return float(2 * stats.t.sf(t, len(differences) - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """*p_values* corrected for their number (Holm 1979): below a level where the chance of one false alarm or more is below it."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def first_reached(curve: Sequence[tuple[int, float]], target: float) -> int | None:
