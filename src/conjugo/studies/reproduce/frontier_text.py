@@ -21,7 +21,7 @@ from conjugo.studies.reproduce.frontier_plan import Setting
 
 __all__ = ["CharTransformer", "Text", "load_text", "train_text"]
 
-CONTEXT = 32
+CONTEXT = 16
 """Characters of a sequence, each of which is to predict the next one."""
 
 WARMUP = 0.1
