@@ -77,11 +77,11 @@ class Kronecker(MatrixPreconditioner):
     def _has_basis(self, size: int) -> bool:
         return 1 < size <= self.max_dim
 
-    def init_state(self, p: Tensor) -> dict[str, Tensor]:
+    def state_of(self, p: Tensor, home: Tensor) -> dict[str, Tensor]:
         """As the base class; a side that is too large for a basis is logged."""
         if super().is_matrix(p):
             _log_too_large(shape_of(p), self.max_dim)
-        return super().init_state(p)
+        return super().state_of(p, home)
 
     def matrix_state(self, p: Tensor) -> dict[str, Tensor]:
         """Zeros, and identities for the bases."""
@@ -93,6 +93,11 @@ class Kronecker(MatrixPreconditioner):
                 state[side] = torch.zeros(size, size, dtype=dtype, device=device)
                 state[f"{side}_basis"] = torch.eye(size, dtype=dtype, device=device)
         return state | {name: counter(p) for name in ("updates", "renewed", "bad_updates")}
+
+    def cost(self, rows: int, columns: int) -> float:
+        """Products with the bases and for the means, and a share of the renewal."""
+        sides = [size for size in (rows, columns) if self._has_basis(size)]
+        return sum(6.0 * rows * columns * size + 12.0 * size**3 / self.period for size in sides)
 
     def treats(self, state: State) -> bool:
         """A matrix has a basis."""
