@@ -16,7 +16,9 @@ from conjugo._tensors import Array, dot, namespace, wide_dtype
 from conjugo.errors import check
 from conjugo.optim._base import Group, as_real, check_lr, evaluate, state_dtype, zeros_for
 from conjugo.optim._fused import FusedPasses
+from conjugo.optim._observed_batch import ObservedBatch
 from conjugo.optim._passes import Move, TensorPasses
+from conjugo.optim._probed_passes import Objective, ProbedPasses
 from conjugo.optim._products import drop_graphs, hessian_products
 from conjugo.optim._scoped import ScopedOptimizer
 from conjugo.optim._vectors import Scale
@@ -27,6 +29,7 @@ from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.line_search import LineSearch
 from conjugo.optim.orthogonal import Orthogonal
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
+from conjugo.optim.probed_steps import NAMES, Parabola, ProbedStep, Subspace
 from conjugo.optim.step_sizes import Constant, StepSize, Verdict
 
 __all__ = ["NLCG", "lars_scale"]
@@ -103,7 +106,9 @@ class NLCG(ScopedOptimizer):
         line_search: ``"none"``; ``"online"`` or ``"step"``: when the loss grows against its running average (in every
             step; every *period* steps), the learning rate is reduced and a part of the last move is taken back. Needs the
             loss of each step: ``step(closure)`` or ``step(loss=loss)``. Or a
-            :class:`~conjugo.optim.step_sizes.StepSize` that makes a step size of the learning rate.
+            :class:`~conjugo.optim.step_sizes.StepSize` that makes a step size of the learning rate; among them
+            ``"parabola"`` and ``"subspace"``, which look at the batch again (:mod:`~conjugo.optim.probed_steps`): hand it over
+            by :meth:`observe_batch` before each step, take a learning rate of 1, and scope ``"global"``.
         period: steps between two looks of the line search ``"step"``, at least 1.
         threshold: scales the growth of the loss (1 % to 15 %) at which the line search reacts, above 0.
         removal: what the line search takes back: ``"previous"``, a part of the last move (the evident intention), or
@@ -179,6 +184,7 @@ class NLCG(ScopedOptimizer):
     )
     _slices: Slices | None = None  # made when first needed, also after unpickling
     _estimates: Mapping[Tensor, Tensor]  # of the curvature, for the next step
+    _observed: ObservedBatch | None  # the batch of the next step
     _wait: int  # steps for which no curvature is due, so that the host need not look
 
     def __init__(
@@ -189,7 +195,7 @@ class NLCG(ScopedOptimizer):
         rule: Literal["fr", "pr", "constant"] = "fr",
         precond: Literal["bfgs", "none", "hutchinson", "gauss-newton", "adam", "orthogonal", "kron"]
         | Preconditioner = "bfgs",
-        line_search: Literal["none", "online", "step"] | StepSize = "none",
+        line_search: Literal["none", "online", "step", "parabola", "subspace"] | StepSize = "none",
         period: int = 5,
         threshold: float = 1.0,
         removal: Literal["previous", "current"] | None = None,
@@ -221,11 +227,18 @@ class NLCG(ScopedOptimizer):
         self.preconds: list[Preconditioner] = []
         """That of each group."""
         self.line_search = self._step_size(line_search, period, threshold)
+        if isinstance(self.line_search, ProbedStep):
+            kind = type(self.line_search).__name__
+            check(scope == "global", "NLCG", "scope", scope, f"'global' with line_search={kind}")
+            check(not fused, "NLCG", "fused", fused, f"False or None with line_search={kind}")
         self.removal = removal or ("previous" if mode == "exact" else "current")
-        self.restart_on_ascent = restart_on_ascent
+        # A parabola along a direction that leads uphill has its minimum behind.
+        self.restart_on_ascent = restart_on_ascent or isinstance(self.line_search, Parabola)
         self.allow_missing = allow_missing
         self.sync_scalars = sync_scalars
         self.shard_state = shard_state
+        alone = not (shard_state and isinstance(self.line_search, Subspace))
+        check(alone, "NLCG", "shard_state", shard_state, "False with line_search=Subspace")
         self._last: dict[str, Array] = {}
         defaults = {
             "lr": lr,
@@ -264,6 +277,11 @@ class NLCG(ScopedOptimizer):
 
     def _check_group(self, group: Group) -> None:
         check_lr("NLCG", group["lr"])
+        if isinstance(self.line_search, Subspace):
+            whole = not any(is_dtensor(p) for p in group["params"])
+            check(
+                whole, "NLCG", "line_search", "Subspace", "'parabola' or another one for sharded parameters (DTensors)"
+            )
         decay, lars, beta_max, scale = (group[name] for name in ("weight_decay", "lars", "beta_max", "grad_scale"))
         check(0 <= decay < math.inf, "NLCG", "weight_decay", decay, "in [0, inf)")
         check(lars is None or 0 < lars < math.inf, "NLCG", "lars", lars, "None or in (0, inf)")
@@ -312,6 +330,7 @@ class NLCG(ScopedOptimizer):
     def _state_replaced(self) -> None:
         self._last = {}
         self._estimates = {}
+        self._observed = None
         self._wait = 0
         super()._state_replaced()
 
@@ -345,6 +364,66 @@ class NLCG(ScopedOptimizer):
             for p in group["params"]
         }
         return {p: diagonal for p, diagonal in diagonals.items() if diagonal is not None}
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes over the batch so far, skipped steps among them; a part of one counts as such.
+
+        1 for a step; with ``line_search="parabola"`` and ``"subspace"`` what these computed besides, a forward pass for 1/3.
+        Measurements of the curvature are not counted. Waits for the device.
+        """
+        first = len(self._method_start)
+        rows = torch.stack([self.state[p]["scalars"] for group in self.param_groups for p in group["params"]])
+        extra = rows[:, first + 1].max() if isinstance(self.line_search, ProbedStep) else 0.0
+        return float(rows[:, 0].max() + rows[:, -1].max() + extra)
+
+    # The batch once more -----------------------------------------------------------------------------------------------
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether steps need their batch: call :meth:`observe_batch` before the forward pass of each."""
+        return self._rule.needs_batch
+
+    def observe_batch(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Any], Tensor],
+        inputs: Any,
+        targets: Any = None,
+        *,
+        weight: float | None = None,
+    ) -> None:
+        """Take the batch of the next step; before its forward pass, so that layers draw the same random numbers again.
+
+        Once for each micro-batch, in their order. The step computes ``loss_fn(model(inputs), targets)``, in the autocast that
+        is active now (Subspace: without autocast); model, loss_fn and weight as for :meth:`measure`. inputs: may be a function
+        without arguments that makes inputs and targets when they are wanted; then *weight* is 1 unless it is given. Parameters,
+        gradients and buffers of the model and the random numbers of the process stay what they are.
+
+        Raises ValueError where steps need no batch, *model* lacks a parameter, or *weight* is negative.
+        """
+        from conjugo.distributed.virtual_batch import group_of
+
+        kind = type(self._rule).__name__
+        check(self.needs_batch, "NLCG", "line_search", kind, "'parabola' or 'subspace' to observe batches")
+        weight = self._check_batch(model, inputs, weight)
+        if self._observed is None:
+            self._observed = ObservedBatch(self._table.device, group_of(model, self.process_group))
+        make = inputs if callable(inputs) else lambda: (inputs, targets)
+        self._observed.add(model, loss_fn, make, weight)
+
+    def _check_batch(self, model: nn.Module, inputs: Any, weight: float | None) -> float:
+        """How much a batch counts. Raises ValueError where *model* lacks a parameter, or *weight* is negative."""
+        from conjugo.distributed.virtual_batch import parameters_of
+
+        known = set(parameters_of(model))
+        params = [p for group in self.param_groups for p in group["params"]]
+        lacking = [i for i, p in enumerate(params) if p not in known]
+        check(not lacking, "NLCG", "model", f"one without parameters {lacking}", "a model with all parameters")
+        if weight is None:
+            weight = float(len(inputs)) if isinstance(inputs, Tensor) else 1.0
+        check(0 <= weight < math.inf, "NLCG", "weight", weight, "in [0, inf)")
+        return weight
 
     # Curvature ---------------------------------------------------------------------------------------------------------
 
@@ -387,16 +466,11 @@ class NLCG(ScopedOptimizer):
 
         Raises ValueError where the preconditioner measures no curvature, *model* lacks a parameter, or *weight* is negative.
         """
-        from conjugo.distributed.virtual_batch import group_of, parameters_of
+        from conjugo.distributed.virtual_batch import group_of
 
         precond = self._curvature()
+        weight = self._check_batch(model, inputs, weight)
         params = [p for group in self.param_groups for p in group["params"]]
-        known = set(parameters_of(model))
-        lacking = [i for i, p in enumerate(params) if p not in known]
-        check(not lacking, "NLCG", "model", f"one without parameters {lacking}", "a model with all parameters")
-        if weight is None:
-            weight = float(len(inputs)) if isinstance(inputs, Tensor) else 1.0
-        check(0 <= weight < math.inf, "NLCG", "weight", weight, "in [0, inf)")
         step = int(torch.stack([self.state[p]["scalars"][0] for p in params]).max())
         estimates = precond.estimate(
             model,
@@ -535,7 +609,17 @@ class NLCG(ScopedOptimizer):
         value = evaluate(closure)
         if self._prepare():
             self._find_curvature()
-            self._step(value if loss is None else loss)
+            if self.needs_batch and self._observed is None:
+                kind = type(self._rule).__name__
+                raise RuntimeError(
+                    f"NLCG: line_search={kind} needs the batch of each step: call observe_batch(model, loss_fn, inputs, "
+                    "targets) before its forward pass"
+                )
+            try:
+                self._step(value if loss is None else loss)
+            finally:
+                self._observed = None
+        self._observed = None
         return value
 
     def _step(self, loss: Tensor | float | None) -> None:
@@ -556,7 +640,7 @@ class NLCG(ScopedOptimizer):
         )
         (xx, xd, cross, old_dd, change), value = self._shared(parts, loss)
         finite = xp.isfinite(xx.sum() + value)
-        if passes.on_host and not finite:
+        if (passes.on_host or self.needs_batch) and not finite:
             self._count_skipped()
             self._last = self._last | {"skipped": ~finite}
             return
@@ -574,12 +658,14 @@ class NLCG(ScopedOptimizer):
         else:
             rho, old_dhd, zz, zd = space.reduce(products)
         beta = self._beta(old, sums, rho)
-        verdict = self._decide(columns, lr=lr, square=rho, loss=value)
-        along, undo = self._lengths(verdict, tau)
-        move = Move(beta, along, undo, self._keep(lr))
-        gd, dd = passes.move(move if passes.on_host else _nothing_unless(finite, move)).T
-        if self._slices is not None:
-            self._slices.gather(p for p in self._active if not is_dtensor(p))
+        if isinstance(passes, ProbedPasses):
+            beta, verdict, gd, dd = self._probed(passes, columns, beta, tau, lr, value)
+        else:
+            verdict = self._decide(columns, lr=lr, square=rho, loss=value)
+            along, undo = self._lengths(verdict, tau)
+            move = Move(beta, along, undo, self._keep(lr))
+            gd, dd = passes.move(move if passes.on_host else _nothing_unless(finite, move)).T
+        self._share_out()
         # Inner products of the new direction d = -z + beta d', z = P x, without a third sum over ranks. H z = x - eps z.
         if space.sharded:
             gd, dd = beta * xd - rho, zz - 2 * beta * zd + beta * beta * old_dd
@@ -600,6 +686,43 @@ class NLCG(ScopedOptimizer):
             "dd": dd,
             "skipped": ~finite,
         }
+
+    def _probed(
+        self, passes: ProbedPasses, columns: Sequence[Array], beta: Array, tau: Array, lr: Array, loss: Array
+    ) -> tuple[Array, Verdict, Array, Array]:
+        """The move where the step size needs the batch: beta, the step size, <x, d>, <d, d>. Collective."""
+        batch, rule, objective = self._observed, self.line_search, self._objective()
+        assert batch is not None
+        alpha, extra = (self._of_eldest(column, columns[0]) for column in self._rule_state(columns))
+        last = float(alpha[0])
+        if isinstance(rule, Subspace):
+            found, mu = passes.subspace(rule, last, batch, objective, self._space, tau)
+            beta, along = mu * tau / found, found
+            gd, dd = passes.turn(beta).T
+        else:
+            assert isinstance(rule, Parabola)
+            gd, dd = passes.turn(beta).T
+            search = passes.parabola(
+                rule, last, batch, objective, self._space, loss=float(loss), spread=self._share_out
+            )
+            found, along = search.alpha, search.alpha if search.move else 0.0
+        length = lr * along
+        passes.go(length, self._keep(length))
+        return beta, Verdict(length, (0 * lr + found, extra + batch.passes)), gd, dd
+
+    def _objective(self) -> Objective:
+        """What the steps minimise. Raises ValueError where some groups ascend and others descend."""
+        ascend = {bool(group["maximize"]) for group in self._active_groups}
+        kind = type(self.line_search).__name__
+        check(len(ascend) == 1, "NLCG", "maximize", "True and False", f"the same in all groups with line_search={kind}")
+        decays = [0.0 if group["decoupled"] else float(group["weight_decay"]) for group in self._active_groups]
+        of_each = [d for d, span in zip(decays, self._spans, strict=True) for _ in range(span.stop - span.start)]
+        return Objective(-1.0 if ascend == {True} else 1.0, of_each)
+
+    def _share_out(self) -> None:
+        """Collective if the state of whole parameters is sharded: give all ranks what each has moved."""
+        if self._slices is not None:
+            self._slices.gather(p for p in self._active if not is_dtensor(p))
 
     def _shared(self, parts: Array, loss: Tensor | float | None) -> tuple[list[Array], Array]:
         """Sums over all ranks of the first pass's *parts*, by column, and <y, y> or None; and the mean loss."""
@@ -742,7 +865,10 @@ class NLCG(ScopedOptimizer):
             block.precond = self._precond_of(block.group)
         preconds = [block.precond for block in blocks]
         alike = all(precond == preconds[0] for precond in preconds)
-        if self._use_kernels(blocks, preconds[0], alike=alike):
+        if self.needs_batch:
+            self._objective()  # or an error, before anything changes
+            self._passes = ProbedPasses(blocks, sharded=self._space.sharded)
+        elif self._use_kernels(blocks, preconds[0], alike=alike):
             self._passes = FusedPasses(blocks, preconds[0])
         else:
             self._passes = TensorPasses(blocks, sharded=self._space.sharded)
@@ -796,7 +922,9 @@ class NLCG(ScopedOptimizer):
             check(not line_search.needs_distance, "NLCG", "line_search", given, "a step size that needs no distance")
             check(self.mode == "exact", "NLCG", "mode", self.mode, f"'exact' with line_search={given}")
             return line_search
-        self._check_name("line_search", line_search, ("none", "online", "step"))
+        self._check_name("line_search", line_search, ("none", "online", "step", *NAMES))
+        if line_search in NAMES:
+            return self._step_size(NAMES[line_search](), period, threshold)
         search = LineSearch(kind=line_search, period=period, threshold=threshold)
         return None if line_search == "none" else search
 

@@ -75,6 +75,7 @@ class StepSize(ABC):
     start: ClassVar[Mapping[str, float]] = {}
     needs_loss: ClassVar[bool] = False
     needs_distance: ClassVar[bool] = False
+    needs_batch: ClassVar[bool] = False
 
     @property
     def needs_norm(self) -> bool:
@@ -269,6 +270,7 @@ class StepSizeController:
 
     def __init__(self, optimizer: Optimizer, rule: StepSize, *, process_group: Any = None) -> None:
         check(not rule.needs_distance, "StepSizeController", "rule", type(rule).__name__, "one without distances")
+        check(not rule.needs_batch, "StepSizeController", "rule", type(rule).__name__, "one that needs no batch")
         self.rule = rule
         self._optimizer = optimizer
         self._group = process_group

@@ -1,0 +1,299 @@
+"""Step sizes that look at the loss again: exact on quadratics, careful elsewhere, without a trace in the model."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from conjugo.optim import NLCG
+from conjugo.optim.probed_steps import Parabola, Plane, Subspace, parabola_minimum
+from conjugo.optim.step_sizes import StepSizeController
+
+F64 = torch.float64
+
+
+# The search along a direction ----------------------------------------------------------------------------------------
+
+
+def quadratic(slope, bend):
+    return lambda t: 3.0 + slope * t + bend * t * t / 2
+
+
+@pytest.mark.parametrize("t", [0.01, 1.0, 7.0])
+def test_the_minimum_of_a_parabola(t):
+    assert parabola_minimum(3.0, -2.0, t, quadratic(-2.0, 5.0)(t)) == pytest.approx(0.4, rel=1e-9)
+
+
+@pytest.mark.parametrize("bend", [0.0, -1.0])
+def test_no_minimum_without_curvature(bend):
+    assert parabola_minimum(3.0, -2.0, 0.5, quadratic(-2.0, bend)(0.5)) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [(0.3, 0.4), (0.4, 0.4), (0.1, 0.2), (4.0, 2.0), (0.2 + 1e-6, 0.4)],
+)
+def test_the_step_goes_to_the_minimum_by_at_most_the_factor(alpha, expected):
+    found = Parabola().search(alpha, loss=3.0, slope=-2.0, trial=quadratic(-2.0, 5.0))
+    assert found.alpha == pytest.approx(expected)
+    assert (found.move, found.trials) == (True, 1)
+
+
+@pytest.mark.parametrize("minimum", [1e-6, 3e-3, 0.4, 2e4])
+def test_the_first_step_finds_its_scale(minimum):
+    found = Parabola().search(0.0, loss=3.0, slope=-1.0, trial=quadratic(-1.0, 1 / minimum), eps=lambda: 1e-16)
+    assert found.alpha == pytest.approx(minimum)
+    assert found.trials <= 9
+
+
+def test_the_first_step_stops_looking_after_some_tries():
+    seen = []
+    found = Parabola(tries=3, initial=1e-3).search(0.0, loss=3.0, slope=-1.0, trial=lambda t: seen.append(t) or 3.0 - t)
+    assert seen == pytest.approx([1e-3, 1e-2, 1e-1])
+    assert found.alpha == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("bend", [0.0, -3.0])
+def test_without_curvature_the_step_grows(bend):
+    assert Parabola(growth=3.0).search(0.5, loss=3.0, slope=-2.0, trial=quadratic(-2.0, bend)).alpha == 1.5
+
+
+def test_uphill_nothing_is_tried_and_nothing_moves():
+    found = Parabola().search(0.5, loss=3.0, slope=1.0, trial=lambda t: pytest.fail("tried"))
+    assert found == (0.25, False, 0)
+    assert Parabola().search(0.5, loss=3.0, slope=0.0, trial=lambda t: pytest.fail("tried")) == (0.5, False, 0)
+
+
+def test_a_trial_that_is_not_finite_is_made_again_nearer():
+    def trial(t):
+        return math.nan if t > 0.2 else 3.0 - t
+
+    assert Parabola().search(1.0, loss=3.0, slope=-1.0, trial=trial) == (0.125, True, 4)
+    first = Parabola(initial=1.0).search(0.0, loss=3.0, slope=-1.0, trial=trial)
+    assert first == (pytest.approx(0.1), True, 2)
+
+
+def test_if_no_trial_is_finite_nothing_moves():
+    found = Parabola(tries=4).search(1.0, loss=3.0, slope=-1.0, trial=lambda t: math.inf)
+    assert found == (1 / 16, False, 4)
+
+
+def test_a_change_below_the_rounding_error_says_nothing():
+    def flat(t):
+        return 3.0 + 1e-7
+
+    assert Parabola().search(0.5, loss=3.0, slope=-1e-8, trial=flat).alpha == 0.5
+    assert Parabola().search(0.5, loss=3.0, slope=-1e-8, trial=flat, eps=lambda: 1e-16).alpha == 0.25
+
+
+# The plane -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_point_of_the_plane():
+    matrix = torch.tensor([[3.0, -1.0], [-1.0, 2.0]], dtype=F64)  # over (-z, u)
+    slopes = torch.tensor([-4.0, -0.5], dtype=F64)
+    alpha, mu = torch.linalg.solve(matrix, -slopes).tolist()
+    found = Subspace(damping=0.0, mu_max=math.inf).solve(Plane(gz=4.0, gu=-0.5, zz=3.0, zu=1.0, uu=2.0), last=0.0)
+    assert found == pytest.approx((alpha, mu))
+
+
+@pytest.mark.parametrize(
+    ("plane", "expected"),
+    [
+        (Plane(gz=4.0, gu=9.0, zz=2.0, zu=1.0, uu=2.0), (2.0, 0.0)),  # mu < 0
+        (Plane(gz=4.0, gu=0.0, zz=2.0, zu=0.0, uu=0.0), (2.0, 0.0)),  # no last update
+        (Plane(gz=4.0, gu=0.0, zz=2.0, zu=9.0, uu=2.0), (2.0, 0.0)),  # not positive definite
+        (Plane(gz=4.0, gu=0.0, zz=2.0, zu=math.nan, uu=2.0), (2.0, 0.0)),
+        (Plane(gz=4.0, gu=0.0, zz=0.0, zu=1.0, uu=2.0), (0.7, 0.0)),
+        (Plane(gz=4.0, gu=0.0, zz=-1.0, zu=1.0, uu=2.0), (0.7, 0.0)),
+        (Plane(gz=4.0, gu=0.0, zz=math.nan, zu=1.0, uu=2.0), (0.7, 0.0)),
+        (Plane(gz=1.0, gu=-4.0, zz=2.0, zu=-1.9, uu=2.0), (0.5, 0.0)),  # alpha < 0 for mu = 1
+    ],
+)
+def test_what_serves_where_the_plane_does_not(plane, expected):
+    assert Subspace(damping=0.0).solve(plane, last=0.7) == pytest.approx(expected)
+
+
+def test_mu_has_a_limit_and_alpha_is_the_best_for_it():
+    alpha, mu = Subspace(damping=0.0).solve(Plane(gz=4.0, gu=-9.0, zz=2.0, zu=0.5, uu=2.0), last=0.0)
+    assert (alpha, mu) == (2.25, 1.0)
+
+
+# Options -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(Parabola, growth=1.0), r"Parabola: growth must be in \(1, inf\), got 1.0"),
+        (partial(Parabola, initial=0.0), r"Parabola: initial must be in \(0, inf\), got 0.0"),
+        (partial(Parabola, tries=0), "Parabola: tries must be an integer >= 1, got 0"),
+        (partial(Subspace, fraction=0.0), r"Subspace: fraction must be in \(0, 1\], got 0.0"),
+        (partial(Subspace, damping=-1.0), r"Subspace: damping must be in \[0, inf\), got -1.0"),
+        (partial(Subspace, mu_max=0.0), "Subspace: mu_max must be above 0, got 0.0"),
+        (partial(Subspace, initial=math.inf), r"Subspace: initial must be in \(0, inf\), got inf"),
+    ],
+)
+def test_options_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", ["parabola", "subspace"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "tensor"}, "NLCG: scope must be 'global' with line_search=(Parabola|Subspace), got 'tensor'"),
+        ({"scope": "group"}, "NLCG: scope must be 'global'"),
+        ({"fused": True}, "NLCG: fused must be False or None with line_search="),
+        ({"mode": "reference"}, "NLCG: mode must be 'exact' with line_search="),
+    ],
+)
+def test_what_these_step_sizes_do_not_go_with(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        NLCG([torch.ones(2)], line_search=name, **options)
+
+
+def test_they_are_for_optimizers_that_know_the_batch():
+    with pytest.raises(ValueError, match="StepSizeController: rule must be one that needs no batch, got 'Parabola'"):
+        StepSizeController(torch.optim.SGD([torch.ones(2)], lr=1.0), Parabola())
+
+
+# In the optimizer ------------------------------------------------------------------------------------------------------
+
+
+def least_squares(n=20, k=6, seed=0, most=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, k, generator=generator, dtype=F64) * torch.linspace(0.3, most, k, dtype=F64)
+    return nn.Linear(k, 1, bias=False).to(F64), x, torch.randn(n, 1, generator=generator, dtype=F64)
+
+
+def take_step(model, optimizer, x, y, loss_fn=F.mse_loss):
+    optimizer.zero_grad()
+    if optimizer.needs_batch:
+        optimizer.observe_batch(model, loss_fn, x, y)
+    loss = loss_fn(model(x), y)
+    loss.backward()
+    optimizer.step(loss=loss.detach())
+    return loss.detach()
+
+
+@pytest.mark.parametrize("rule", ["fr", "pr", "constant"])
+def test_on_a_quadratic_the_parabola_finds_the_minimum_along_the_direction(rule):
+    model, x, y = least_squares()
+    optimizer = NLCG(
+        model.parameters(), lr=1.0, rule=rule, precond="none", line_search=Parabola(growth=1e9), beta_max=0.9
+    )
+    for _ in range(4):
+        take_step(model, optimizer, x, y)
+        direction = optimizer.state[model.weight]["direction"]
+        (slope,) = torch.autograd.grad(F.mse_loss(model(x), y), model.weight)
+        scale = float(slope.norm() * direction.norm())
+        assert abs(float((slope * direction).sum())) < 1e-6 * scale
+
+
+def test_with_a_parabola_fletcher_reeves_are_conjugate_gradients():
+    model, x, y = least_squares(n=1000, most=0.5)  # so well conditioned that no beta is above 1
+    optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=Parabola(growth=1e9))
+    for _ in range(6):
+        take_step(model, optimizer, x, y)
+        assert optimizer.last["beta"] < 1
+    exact = torch.linalg.lstsq(x, y).solution.T
+    assert torch.allclose(model.weight, exact, atol=1e-6)
+
+
+def conjugate_gradients(x, y, w, steps):
+    """On the mean of (x w - y)^2, from the textbook."""
+    a, b = 2 * x.T @ x / len(x), 2 * x.T @ y / len(x)
+    w = w.clone()
+    r = b - a @ w
+    p = r.clone()
+    for _ in range(steps):
+        alpha = (r.T @ r) / (p.T @ a @ p)
+        w = w + alpha * p
+        new = r - alpha * (a @ p)
+        p = new + (new.T @ new) / (r.T @ r) * p
+        r = new
+    return w
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_on_least_squares_the_plane_gives_conjugate_gradients(steps):
+    model, x, y = least_squares()
+    start = model.weight.detach().T.clone()
+    rule = Subspace(fraction=1.0, damping=0.0, mu_max=math.inf)
+    optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=rule)
+    for _ in range(steps):
+        take_step(model, optimizer, x, y)
+    assert torch.allclose(model.weight.T, conjugate_gradients(x, y, start, steps), rtol=1e-9, atol=1e-11)
+
+
+def small_model(seed=0, *, norm=False, dropout=0.0):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(5, 16), *([nn.BatchNorm1d(16)] if norm else []), nn.Tanh(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(16, 3))
+
+
+def small_data(n=32):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 5, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("line_search", ["parabola", "subspace"])
+@pytest.mark.parametrize("precond", ["bfgs", "none", "adam", "orthogonal", "kron"])
+def test_losses_fall_with_a_factor_of_one(line_search, precond):
+    model, (x, y) = small_model(), small_data()
+    optimizer = NLCG(model.parameters(), lr=1.0, precond=precond, line_search=line_search, beta_max=0.9)
+    first = take_step(model, optimizer, x, y, F.cross_entropy)
+    for _ in range(25):
+        last = take_step(model, optimizer, x, y, F.cross_entropy)
+    assert last < 0.5 * first
+
+
+@pytest.mark.parametrize("line_search", ["parabola", "subspace"])
+def test_the_batch_leaves_no_trace(line_search):
+    model, (x, y) = small_model(norm=True, dropout=0.3), small_data()
+    optimizer = NLCG(model.parameters(), lr=0.0, precond="none", line_search=line_search)
+    optimizer.observe_batch(model, F.cross_entropy, x, y)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    before = copy.deepcopy((model.state_dict(), [p.grad for p in model.parameters()], torch.get_rng_state()))
+    optimizer.step(loss=loss.detach())
+    after = (model.state_dict(), [p.grad for p in model.parameters()], torch.get_rng_state())
+    for old, new in zip(torch.utils._pytree.tree_leaves(before), torch.utils._pytree.tree_leaves(after), strict=True):
+        assert torch.equal(old, new)
+    assert optimizer.passes > 1
+
+
+def test_dropout_draws_the_same_numbers_again():
+    model, (x, y) = small_model(dropout=0.5), small_data()
+    seen = []
+
+    def loss_fn(outputs, targets):
+        seen.append(outputs.detach().clone())
+        return F.cross_entropy(outputs, targets)
+
+    rule = Parabola(initial=1e-12, tries=1)
+    optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=rule)
+    take_step(model, optimizer, x, y, loss_fn)
+    assert len(seen) == 2
+    assert torch.allclose(*seen, atol=1e-6)
+
+
+def test_passes_are_counted():
+    model, (x, y) = small_model(), small_data()
+    plain = NLCG(model.parameters(), precond="none")
+    take_step(model, plain, x, y, F.cross_entropy)
+    assert plain.passes == 1
+    parabola = NLCG(model.parameters(), lr=1.0, precond="none", line_search=Parabola(tries=1))
+    for _ in range(3):
+        take_step(model, parabola, x, y, F.cross_entropy)
+    assert parabola.passes == pytest.approx(4)
+    subspace = NLCG(model.parameters(), lr=1.0, precond="none", line_search="subspace")
+    for _ in range(3):
+        take_step(model, subspace, x, y, F.cross_entropy)
+    assert subspace.passes == pytest.approx(3 + 5 * 0.25 * 2 / 3)
