@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from conjugo.optim import NLCG, AdamDiagonal, Kronecker, Orthogonal, parameter_groups, roles
+from conjugo.optim import NLCG, AdamDiagonal, Orthogonal, parameter_groups, roles
+from conjugo.optim._fused import FusedPasses, kernels
 from conjugo.optim.curvature_preconditioners import GaussNewtonDiagonal, Hutchinson
 from conjugo.optim.preconditioners import DiagonalBFGS
-from conjugo.optim.roles import always
-from conjugo.training import models
+from conjugo.training import models, optimizers
 
 
 class Transformer(nn.Module):
@@ -130,29 +130,23 @@ def test_groups_that_agree_are_as_one_choice(precond, foreach):
 
 @pytest.mark.parametrize("rule", ["fr", "pr", "constant"])
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
-def test_mixed_groups_follow_the_formulas(rule, scope):
-    """An independent walk through three steps: P by group, beta from sums over the scope."""
+def test_mixed_groups_with_every_rule_and_scope(rule, scope):
     model, inputs, targets = _problem(1)
-    matrices = [model[0].weight, model[2].weight]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    kron, adam = Kronecker(), AdamDiagonal()
-    optimizer = NLCG(
-        [{"params": matrices, "precond": kron}, {"params": rest, "precond": adam}],
-        lr=0.02,
-        rule=rule,
-        scope=scope,
-        beta_max=0.8,
-    )
-    # Twins with one preconditioner and beta 0 show P g of their own parameters along the same path.
-    losses = _train(model, optimizer, inputs, targets, 4)
-    assert losses[-1] < losses[0]
-    last = optimizer.last
-    beta = last["beta"].reshape(-1)
+    weights = [model[0].weight, model[2].weight]
+    rest = [p for p in model.parameters() if all(p is not w for w in weights)]
+    groups = [{"params": weights, "precond": "kron"}, {"params": rest, "precond": "adam"}]
+    optimizer = NLCG(groups, lr=0.02, rule=rule, scope=scope, beta_max=0.8)
+    losses = _train(model, optimizer, inputs, targets, 6)
+    assert losses[-1] < losses[1]
+    beta = optimizer.last["beta"].reshape(-1)
+    assert len(beta) == (1 if scope == "global" else 6)
+    assert len(beta.unique()) == 1 or scope != "global"
     if rule == "constant":
         assert torch.all(beta == 0.8)
-    if scope == "group":
-        assert len(beta) == 6
-        assert len(beta[:2].unique()) == 1 == len(beta[2:].unique())
+    elif scope == "group":
+        assert [len(part.unique()) for part in (beta[:2], beta[2:])] == [1, 1]
+    elif scope == "tensor" and rule == "pr":
+        assert len(beta.unique()) > 2
 
 
 def test_beta_is_made_of_sums_over_all_groups():
@@ -199,7 +193,8 @@ def test_curvature_is_measured_for_the_groups_that_want_it():
         _train(model, optimizer, inputs, targets, 1)
     loss = nn.functional.cross_entropy(model(inputs), targets)
     optimizer.zero_grad()
-    loss.backward(create_graph=True)
+    for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()), create_graph=True)):
+        p.grad = g
     optimizer.step()
     curvature = optimizer.state[model[4].weight]["curvature"]
     assert curvature.abs().max() > 0
@@ -241,9 +236,49 @@ def test_it_goes_on_bit_for_bit(how):
     assert _train(model, optimizer, inputs, targets, 3) == _train(other, twin, inputs, targets, 3)
 
 
+def test_groups_by_role_are_as_a_predicate_and_as_fast():
+    ways = []
+    for by_role in (False, True):
+        model, inputs, targets = _problem()
+        head = model[4].weight
+        one = [{"params": list(model.parameters()), "precond": Orthogonal(matrices=lambda p, head=head: p is not head)}]
+        optimizer = NLCG(parameter_groups(model) if by_role else one, lr=0.02, beta_max=0.9)
+        losses = _train(model, optimizer, inputs, targets, 4)
+        assert isinstance(optimizer._passes, FusedPasses) == (kernels is not None)
+        ways.append(losses)
+    torch.testing.assert_close(ways[0], ways[1], rtol=1e-9, atol=0.0)
+
+
+def test_kernels_only_for_what_fits_together():
+    w, v = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    for first, second, fits in [("bfgs", "adam", False), ("none", "bfgs", False), ("kron", "adam", True)]:
+        optimizer = NLCG([{"params": [w], "precond": first}, {"params": [v], "precond": second}], lr=0.1, fused=True)
+        w.grad, v.grad = torch.ones(3), torch.ones(3)
+        if fits and kernels is not None:
+            optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match="fused=True needs"):
+                optimizer.step()
+
+
 def test_orthogonal_leaves_out_what_the_roles_leave_out():
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32))  # a head that looks like a matrix
     optimizer = NLCG(parameter_groups(model), lr=0.01, beta_max=0.9)
     assert "square" not in optimizer.state[model[0].weight]
     assert "square" in optimizer.state[model[2].weight]
-    assert always(torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["nlcg-orthogonal", "muon"])
+@pytest.mark.parametrize("decay_vectors", [False, True])
+def test_the_catalogue_goes_by_roles(name, decay_vectors):
+    model = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 32), nn.Linear(32, 40))
+    optimizer = optimizers.build(name, model, weight_decay=0.5, decay_vectors=decay_vectors)
+    model(torch.arange(8)).square().mean().backward()
+    optimizer.step()
+    adams = {"square", "exp_avg_sq"}
+    assert [bool(adams & optimizer.state[p].keys()) for p in model.parameters()] == [True, False, True, True, True]
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for p in model.parameters():
+        assert decays[p] == (0.5 if decay_vectors or p.ndim > 1 else 0.0)
+    whole = optimizers.build("nlcg-orthogonal", model, precond="kron")
+    assert len(whole.param_groups) == 1

@@ -25,7 +25,7 @@ from conjugo.optim.adaptive_preconditioner import AdamDiagonal
 from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.matrix_preconditioners import MatrixPreconditioner, picked
 from conjugo.optim.orthogonal import Orthogonal
-from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
+from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Secant
 
 try:
     from conjugo.optim import _kernels as kernels  # type: ignore[attr-defined]
@@ -37,7 +37,7 @@ __all__ = ["SERIAL", "FusedPasses", "KernelTable", "kernels", "share", "suits"]
 SERIAL = 4 * CHUNK
 """Below this number of values a second thread costs more than it saves."""
 
-_BUILT_IN = (type(None), Identity, DiagonalBFGS, AdamDiagonal, Orthogonal, Kronecker)
+_BUILT_IN = (Identity, DiagonalBFGS, AdamDiagonal, Orthogonal, Kronecker)
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 """By number of threads."""
@@ -47,9 +47,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 
 
-def suits(blocks: Sequence[Block], preconditioner: Preconditioner | None = None) -> bool:
-    """Whether the kernels can do the work: dense CPU parameters of one type, float32 or float64, and a built-in P or none."""
-    if kernels is None or type(preconditioner) not in _BUILT_IN:
+def suits(blocks: Sequence[Block]) -> bool:
+    """Whether the kernels can do the work.
+
+    That is: dense CPU parameters of one type, float32 or float64, and built-in preconditioners: one, or Adam's scaling and
+    those that fall back on it.
+    """
+    preconds = [block.precond for block in blocks]
+    if kernels is None or any(type(precond) not in _BUILT_IN for precond in preconds):
+        return False
+    alike = all(precond == preconds[0] for precond in preconds)
+    if not (alike or all(isinstance(precond, AdamDiagonal) for precond in preconds)):
         return False
     params = [p for block in blocks for p in block.pieces()]
     return all(
@@ -152,43 +160,45 @@ class FusedPasses:
 
     on_host = True
 
-    def __init__(self, blocks: Sequence[Block], preconditioner: Preconditioner) -> None:
+    def __init__(self, blocks: Sequence[Block]) -> None:
         k = kernels
-        self._precond = preconditioner
-        self._hessian = k.F_HESSIAN if isinstance(preconditioner, DiagonalBFGS) else 0
+        first = blocks[0].precond
+        self._bfgs = first if isinstance(first, DiagonalBFGS) else None
+        self._adam = isinstance(first, AdamDiagonal)
+        self._hessian = k.F_HESSIAN if self._bfgs else 0
         self._store = k.F_STORE if "grad_prev" in blocks[0].states[0] and not self._hessian else 0
         columns = {"grad_prev": k.PREV, "h": k.HESS, "square": k.HESS, "direction": k.DIR}
         self._table = KernelTable(blocks, columns, owner="NLCG")
         self._direction = 0
         self._matrices: list[tuple[list[int], Block]] = []
         """Numbers of parameters that are treated as matrices, and blocks of them alone."""
-        self._scaled: list[int] = []
-        """Numbers of those with Adam's scaling."""
-        self._counts: list[Array] = []
-        """Of these the squares learned, on the memory of the state."""
+        self._scaled: list[tuple[AdamDiagonal, list[int], list[Array]]] = []
+        """Numbers of those with Adam's scaling, and how many squares were learned of each, on the memory of the state."""
         self._results: list[list[Tensor]] = []
-        if isinstance(preconditioner, DiagonalBFGS):
+        if self._bfgs:
             c = self._table.coefficients
-            c[:, k.LOW], c[:, k.HIGH] = preconditioner.limits
-        if isinstance(preconditioner, AdamDiagonal):
-            self._part(blocks, preconditioner)
+            c[:, k.LOW], c[:, k.HIGH] = self._bfgs.limits
+        if self._adam:
+            self._part(blocks)
 
-    def _part(self, blocks: Sequence[Block], precond: AdamDiagonal) -> None:
+    def _part(self, blocks: Sequence[Block]) -> None:
         """Find out which parameters are matrices."""
         k, c, start = kernels, self._table.coefficients, 0
         for block in blocks:
-            n = len(block.params)
+            n, precond = len(block.params), block.precond
+            assert isinstance(precond, AdamDiagonal)
             matrices, others = precond.parts(block) if isinstance(precond, MatrixPreconditioner) else ([], range(n))
             if matrices:
                 params, states = picked(block.params, matrices), picked(block.states, matrices)
                 alone = dataclasses.replace(block, params=params, states=states, memo={})
                 self._matrices.append(([start + i for i in matrices], alone))
                 c[self._matrices[-1][0], k.FORM] = k.F_GIVEN
-            self._scaled += [start + i for i in others]
-            self._counts += [block.states[i]["updates"].numpy() for i in others]
+            if others:
+                rows = [start + i for i in others]
+                self._scaled.append((precond, rows, [block.states[i]["updates"].numpy() for i in others]))
+                c[rows, k.FORM] = k.F_SQUARE
+                c[rows, k.MEMORY], c[rows, k.NEW] = precond.beta2, 1 - precond.beta2
             start += n
-        c[self._scaled, k.FORM] = k.F_SQUARE
-        c[self._scaled, k.MEMORY], c[self._scaled, k.NEW] = precond.beta2, 1 - precond.beta2
 
     def gradient(self, scales: Sequence[Scale], *, direction: bool, cross: bool, fresh: Array) -> Array:
         """[n, 4], see :mod:`conjugo.optim._passes`."""
@@ -197,10 +207,10 @@ class FusedPasses:
         self._table.scale(scales)
         for rows, block in self._matrices:
             self._see(rows, block, scales)
-        if isinstance(self._precond, DiagonalBFGS):
-            self._table.coefficients[:, k.EPS] = self._precond.eps(fresh)
-        elif cross and isinstance(self._precond, AdamDiagonal):
-            self._divide(self._precond)
+        if self._bfgs:
+            self._table.coefficients[:, k.EPS] = self._bfgs.eps(fresh)
+        elif cross and self._adam:
+            self._divide()
             self._results = [
                 self._apply(rows, block, block.state("grad_prev"), fresh) for rows, block in self._matrices
             ]
@@ -219,14 +229,14 @@ class FusedPasses:
 
     def _apply(self, rows: list[int], block: Block, vectors: list[Tensor], fresh: Array) -> list[Tensor]:
         """P v for matrices, where the kernels find it."""
-        found = self._precond.apply(block, vectors, torch.tensor(bool(fresh[rows[0]])))
+        found = block.precond.apply(block, vectors, torch.tensor(bool(fresh[rows[0]])))
         return self._table.aligned(rows, found, kernels.HESS)
 
-    def _divide(self, precond: AdamDiagonal) -> None:
+    def _divide(self) -> None:
         """Set what Adam's scaling divides by, from the counts as they are."""
         k, c = kernels, self._table.coefficients
-        if self._scaled:
-            c[self._scaled, k.GAIN], c[self._scaled, k.EPS] = precond.divisor(np.array(self._counts))
+        for precond, rows, counts in self._scaled:
+            c[rows, k.GAIN], c[rows, k.EPS] = precond.divisor(np.array(counts))
 
     def difference(self) -> Array:
         """[n], see :mod:`conjugo.optim._passes`."""
@@ -238,21 +248,21 @@ class FusedPasses:
         Without preconditioner 0: all is known from the first pass.
         """
         k, c = kernels, self._table.coefficients
-        if isinstance(self._precond, AdamDiagonal):
-            for count in self._counts:
+        if self._adam:
+            for count in (count for _, _, counts in self._scaled for count in counts):
                 count += 1
-            self._divide(self._precond)
+            self._divide()
             self._results = []
             for rows, block in self._matrices:
-                self._precond.update(block, secant._replace(finite=torch.tensor(True)))
+                block.precond.update(block, secant._replace(finite=torch.tensor(True)))
                 self._results.append(self._apply(rows, block, block.gradients, fresh))
             return self._table.run(k.OP_PRECONDITION, self._direction)
-        if not isinstance(self._precond, DiagonalBFGS):
+        if not self._bfgs:
             return np.zeros((len(c), 4))
-        c[:, k.EPS] = self._precond.eps(fresh)
-        c[:, k.ROOT_A], c[:, k.ROOT_B], c[:, k.SHIFT] = self._precond.coefficients(secant)
+        c[:, k.EPS] = self._bfgs.eps(fresh)
+        c[:, k.ROOT_A], c[:, k.ROOT_B], c[:, k.SHIFT] = self._bfgs.coefficients(secant)
         flags = k.F_UPDATE if c[:, k.ROOT_A].any() else 0
-        return self._table.run(k.OP_PRECONDITION, flags | (k.F_ABSOLUTE if self._precond.reference else 0))
+        return self._table.run(k.OP_PRECONDITION, flags | (k.F_ABSOLUTE if self._bfgs.reference else 0))
 
     def move(self, move: Move) -> Array:
         """[n, 2], see :mod:`conjugo.optim._passes`."""

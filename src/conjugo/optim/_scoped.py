@@ -15,7 +15,7 @@ from conjugo._tensors import Array, dot, namespace, wide_dtype
 from conjugo.errors import check, unknown
 from conjugo.optim._base import Group, Optimizer, as_real, state_dtype
 from conjugo.optim._fused import suits
-from conjugo.optim.preconditioners import Block, Preconditioner
+from conjugo.optim.preconditioners import Block, Identity
 from conjugo.optim.step_sizes import Constant, Seen, StepSize, Verdict
 
 __all__ = ["SCOPES", "ScopedOptimizer"]
@@ -334,16 +334,12 @@ class ScopedOptimizer(Optimizer):
             run.append(p)
         yield block(run)
 
-    def _use_kernels(
-        self, blocks: list[Block], preconditioner: Preconditioner | None = None, *, alike: bool = True
-    ) -> bool:
-        """Whether the compiled kernels do the vector work; raises RuntimeError where they must and cannot.
-
-        preconditioner: that of the blocks, None: they have none. alike: whether it is that of all.
-        """
-        fits = alike and suits(blocks, preconditioner)
+    def _use_kernels(self, blocks: list[Block]) -> bool:
+        """Whether the compiled kernels do the vector work; raises RuntimeError where they must and cannot."""
+        fits = suits(blocks)
         if self.fused and not fits:
-            built_in = "" if preconditioner is None else ", one built-in preconditioner"
+            plain = all(isinstance(block.precond, Identity) for block in blocks)
+            built_in = "" if plain else ", a built-in preconditioner for all or what Adam's scaling is a part of"
             raise RuntimeError(
                 f"{self._name}: fused=True needs dense float32 or float64 parameters of one type on a CPU{built_in}, "
                 "and the compiled kernels (see `conjugo doctor`)"

@@ -8,10 +8,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from conjugo.errors import check, unknown
+from conjugo.optim.adaptive_preconditioner import AdamDiagonal
 from conjugo.optim.matrix_preconditioners import shape_of
 from conjugo.optim.orthogonal import Orthogonal
 
-__all__ = ["ROLES", "Role", "always", "parameter_groups", "roles"]
+__all__ = ["ROLES", "Role", "parameter_groups", "roles"]
 
 Role = Literal["matrix", "vector", "embedding", "head"]
 
@@ -91,11 +92,6 @@ def _heads(
     return chosen
 
 
-def always(p: Tensor) -> bool:
-    """True: for ``Orthogonal(matrices=always)``, where the group says that all of its parameters are matrices."""
-    return True
-
-
 def parameter_groups(
     model: nn.Module,
     *,
@@ -107,9 +103,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for :class:`~conjugo.optim.NLCG`, one for each role that *model* has parameters of.
 
-    matrix, vector, embedding, head: options of these groups, over the defaults: ``precond="orthogonal"`` for matrices,
-    ``"adam"`` for the others. heads: see :func:`roles`. Parameters that need no gradient are left out. Each group has its
-    ``role`` besides.
+    matrix, vector, embedding, head: options of these groups, over the defaults: ``precond="orthogonal"`` for matrices, which
+    gives those with few rows or columns Adam's scaling, and that for the others. heads: see :func:`roles`. Parameters that
+    need no gradient are left out. Each group has its ``role`` besides.
 
     Raises ValueError if no parameter needs a gradient, and as :func:`roles`.
 
@@ -121,13 +117,13 @@ def parameter_groups(
     >>> optimizer = NLCG(groups, lr=0.01, weight_decay=0.1, decoupled=True, beta_max=0.9)
     """
     given = {"matrix": matrix, "vector": vector, "embedding": embedding, "head": head}
-    usual: dict[str, Any] = dict.fromkeys(ROLES, "adam") | {"matrix": Orthogonal(matrices=always)}
+    rest = AdamDiagonal(beta2=Orthogonal.beta2)  # as in all that it finds too small
     of = roles(model, heads=heads)
     groups = [
         {
             "params": [p for p, role in of.items() if role == name and p.requires_grad],
             "role": name,
-            "precond": usual[name],
+            "precond": "orthogonal" if name == "matrix" else rest,
             **(given[name] or {}),
         }
         for name in ROLES

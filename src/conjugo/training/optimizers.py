@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from conjugo._space import is_dtensor
 from conjugo.errors import unknown
-from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
-from conjugo.training.rivals import MuonAdamW, soap
+from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm, parameter_groups
+from conjugo.training.rivals import MuonAdamW, muon_groups, soap
 
 __all__ = ["Entry", "Tunable", "build", "entry", "names"]
 
@@ -41,7 +41,8 @@ class Entry:
 
     factory: makes it from parameters and keyword arguments. lr: a learning rate to begin with; lr_range: the interval
     to tune it in, logarithmically. second: the hyperparameter that matters most besides the learning rate when steps
-    are few, or None. options: keyword arguments that belong to the name. needs_loss: ``step(loss=...)`` wants the mean
+    are few, or None. groups: makes groups of the parameters of a model, by their roles; None: it treats all alike.
+    options: keyword arguments that belong to the name. needs_loss: ``step(loss=...)`` wants the mean
     loss of the batch.
     """
 
@@ -50,6 +51,7 @@ class Entry:
     lr: float
     lr_range: tuple[float, float]
     second: Tunable | None = None
+    groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     needs_loss: bool = False
 
@@ -83,7 +85,10 @@ _ENTRIES = (
     _nlcg("nlcg-gauss-newton", rule="fr", precond="gauss-newton"),
     # <g, P g> hardly falls along a run with these, so that beta needs a limit.
     _nlcg("nlcg-adam", lr=0.002, lr_range=(1e-4, 0.1), rule="fr", precond="adam", beta_max=0.9),
-    _nlcg("nlcg-orthogonal", lr=0.01, lr_range=(5e-4, 0.3), rule="fr", precond="orthogonal", beta_max=0.9),
+    replace(
+        _nlcg("nlcg-orthogonal", lr=0.01, lr_range=(5e-4, 0.3), rule="fr", precond="orthogonal", beta_max=0.9),
+        groups=parameter_groups,
+    ),
     _nlcg("nlcg-kron", lr=0.004, lr_range=(2e-4, 0.1), rule="fr", precond="kron", beta_max=0.9),
     Entry(name="sgd", factory=SGD, lr=0.1, lr_range=(0.01, 10.0)),
     Entry(name="momentum", factory=SGD, lr=0.1, lr_range=(0.01, 10.0), second=_MOMENTUM, options={"momentum": 0.9}),
@@ -106,7 +111,7 @@ _ENTRIES = (
     ),
     Entry(name="adamw", factory=AdamW, lr=1e-3, lr_range=(3e-4, 0.3), second=_BETA1),
     # Rivals that treat weights as matrices; the latter wants the package pytorch_optimizer (extra bench).
-    Entry(name="muon", factory=MuonAdamW, lr=0.015, lr_range=(1e-3, 0.5), second=_MOMENTUM),
+    Entry(name="muon", factory=MuonAdamW, lr=0.015, lr_range=(1e-3, 0.5), second=_MOMENTUM, groups=muon_groups),
     Entry(name="soap", factory=soap, lr=0.016, lr_range=(1e-3, 0.3), second=_BETA1),
     # The baseline of Adya, Palakkode & Tuzel 2018: with an epsilon of 1 it is practically SGD with momentum.
     Entry(
@@ -147,17 +152,20 @@ def entry(name: str) -> Entry:
 
 def build(
     name: str,
-    params: Iterable[Tensor] | Iterable[dict[str, Any]],
+    params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
     *,
     lr: float | None = None,
     weight_decay: float = 0.0,
+    decay_vectors: bool = True,
     **options: Any,
 ) -> Optimizer:
-    """The optimizer called *name* for *params* (tensors or parameter groups).
+    """The optimizer called *name* for *params*: tensors, parameter groups, or a model.
 
-    lr: None takes that of the catalogue. weight_decay: coupled, but decoupled with ``adamw``, ``lamb``, ``muon`` and ``soap``. options:
-    keyword arguments of the optimizer, over those of the catalogue; ``beta1`` and ``beta2`` stand for the two parts of
-    ``betas``. torch's own SGD and AdamW are the fused ones, on CPU and GPU, where torch has them for the parameters.
+    Of a model, ``nlcg-orthogonal`` and ``muon`` leave out embeddings and heads (:func:`conjugo.optim.roles`); otherwise they go
+    by the shapes of parameters. lr: None takes that of the catalogue. weight_decay: coupled, but decoupled with ``adamw``,
+    ``lamb``, ``muon`` and ``soap``. decay_vectors: whether it acts on parameters with one dimension too. options: keyword
+    arguments of the optimizer, over those of the catalogue; ``beta1`` and ``beta2`` stand for the two parts of ``betas``.
+    torch's own SGD and AdamW are the fused ones, on CPU and GPU, where torch has them for the parameters.
 
     Raises UnknownName for a name or an option that does not exist, and whatever the optimizer raises for bad values.
 
@@ -166,13 +174,29 @@ def build(
     ((0.95, 0.999), True)
     """
     found = entry(name)
+    if isinstance(params, nn.Module):
+        by_role = found.groups is not None and "precond" not in options
+        params = found.groups(params) if by_role and found.groups else params.parameters()
     listed: list[Any] = [_listed(item) if isinstance(item, dict) else item for item in params]
+    if not decay_vectors:
+        listed = _without_decay(listed)
     arguments = {"lr": found.lr if lr is None else lr, "weight_decay": weight_decay, **found.options, **options}
     _check_options(found, options)
     _join_betas(found, arguments)
     if _may_be_fused(found.factory, listed):
         arguments.setdefault("fused", True)
     return found.factory(listed, **arguments)
+
+
+def _without_decay(listed: list[Any]) -> list[Any]:
+    """Groups, with those parameters apart that have fewer than two dimensions, which are not decayed."""
+    groups: list[dict[str, Any]] = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
+    apart = []
+    for group in groups:
+        params = group["params"]
+        apart.append({**group, "params": [p for p in params if p.ndim > 1]})
+        apart.append({**group, "params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0})
+    return [group for group in apart if group["params"]]
 
 
 def _accepted(found: Entry) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from conjugo.errors import check
-from conjugo.optim import Orthogonal
+from conjugo.optim import Orthogonal, roles
 
-__all__ = ["MuonAdamW", "soap"]
+__all__ = ["MuonAdamW", "muon_groups", "soap"]
 
 
 def _is_matrix(p: Tensor) -> bool:
@@ -120,6 +120,17 @@ class MuonAdamW(Optimizer):
         for p, stand_in in zip(params, stand_ins):
             inner.state[stand_in] = self.state[p]
         inner.step()
+
+
+def muon_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Groups for :class:`MuonAdamW`: what may be a matrix by its role in *model*, and what may not."""
+    of = roles(model)
+    params = [p for p in of if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if of[p] == "matrix"]},
+        {"params": [p for p in params if of[p] != "matrix"], "matrices": False},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _as_matrix(tensor: Tensor, p: Tensor) -> Tensor:

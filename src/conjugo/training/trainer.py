@@ -133,6 +133,9 @@ class Trainer:
         self.sampler = GlobalBatchSampler(n, self.batches, seed=config.seed)
         self._look_at_batch_norm()
         self.optimizer = _optimizer(config, self.model)
+        self._probes = bool(getattr(self.optimizer, "needs_batch", False))
+        if self._probes:
+            _check_probed(config)
         self.schedule = _schedule(config, self.optimizer, self.steps)
         self.discard = _discard(config, self.steps)
         self.noise = self._noise_recorder() if config.noise_scale else None
@@ -141,7 +144,7 @@ class Trainer:
             self.model,
             max_skipped=config.max_skipped,
             clip_norm=config.clip_norm,
-            needs_loss=optimizers.entry(config.optimizer).needs_loss,
+            needs_loss=getattr(self.optimizer, "needs_loss", optimizers.entry(config.optimizer).needs_loss),
         )
         self.ema = None if config.ema is None else WeightEMA(self.model, config.ema)
         self.statistics = RunningStatistics(self.model)
@@ -243,6 +246,8 @@ class Trainer:
         self.optimizer.zero_grad()
         if getattr(self.optimizer, "needs_curvature", False):
             self._measure_curvature(batch)
+        if self._probes:
+            self._show(batch)
         if self.discard is None:
             batch_loss = self._of_all_workers(self._backward(batch))
         else:
@@ -295,6 +300,18 @@ class Trainer:
         inputs, targets = self.train_data.take(batch[rows])
         loss_fn = partial(F.cross_entropy, label_smoothing=self.config.label_smoothing)
         self.optimizer.measure(self.spread, loss_fn, inputs, targets, weight=count)  # type: ignore[attr-defined]
+
+    def _show(self, batch: Tensor) -> None:
+        """Let the optimizer look at *batch* once more in its step; its micro-batches are made again then."""
+        smoothing = self.config.label_smoothing
+
+        def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bfloat16 else nullcontext():
+            for rows, count in self._parts_of(len(batch)):
+                make = partial(self.train_data.take, batch[rows])
+                self.optimizer.observe_batch(self.forward, loss_fn, make, weight=count)  # type: ignore[attr-defined]
 
     def _backward(self, batch: Tensor) -> Tensor:
         """The gradient of the mean loss of *batch*, a whole one or a part of it; the losses (0-d) of this worker's share."""
@@ -516,6 +533,8 @@ class Trainer:
         last = getattr(self.optimizer, "last", {})
         # One value for each parameter where each has its own.
         record |= {name: finite(last[name].mean()) for name in ("beta", "base_lr", "step_size") if name in last}
+        if self._probes:
+            record["passes"] = self.optimizer.passes  # type: ignore[attr-defined]
         if self.discard is not None:
             record["train_loss_all"] = finite(self.loss_sum_all / max(1, self.loss_steps))
         if self.noise is not None:
@@ -673,15 +692,23 @@ def _discard(config: TrainConfig, steps: int) -> DiscardSmallLoss | None:
     return DiscardSmallLoss(config.discard_small_loss, warmup_steps=int(config.warmup * steps), nonfinite="keep")
 
 
+def _check_probed(config: TrainConfig) -> None:
+    """Step sizes that look at the loss of a batch again take its gradient as it is."""
+    words = "with an optimizer that looks at the loss again"
+    check(config.clip_norm is None, "TrainConfig", "clip_norm", config.clip_norm, f"None {words}")
+    check(not config.discard_small_loss, "TrainConfig", "discard_small_loss", config.discard_small_loss, f"0 {words}")
+
+
 def _optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
-    params: list[Any] = list(model.parameters())
-    if not config.decay_norm_and_bias:
-        params = [
-            {"params": [p for p in params if p.ndim > 1]},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-        ]
     options = {"shard_state": True, **config.optimizer_options} if config.shard_state else config.optimizer_options
-    return optimizers.build(config.optimizer, params, lr=config.lr, weight_decay=config.weight_decay, **options)
+    return optimizers.build(
+        config.optimizer,
+        model,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        decay_vectors=config.decay_norm_and_bias,
+        **options,
+    )
 
 
 def _schedule(config: TrainConfig, optimizer: Optimizer, steps: int) -> ScheduleLR:
