@@ -863,13 +863,11 @@ class NLCG(ScopedOptimizer):
         self._measured_blocks = blocks
         for block in blocks:
             block.precond = self._precond_of(block.group)
-        preconds = [block.precond for block in blocks]
-        alike = all(precond == preconds[0] for precond in preconds)
         if self.needs_batch:
             self._objective()  # or an error, before anything changes
             self._passes = ProbedPasses(blocks, sharded=self._space.sharded)
-        elif self._use_kernels(blocks, preconds[0], alike=alike):
-            self._passes = FusedPasses(blocks, preconds[0])
+        elif self._use_kernels(blocks):
+            self._passes = FusedPasses(blocks)
         else:
             self._passes = TensorPasses(blocks, sharded=self._space.sharded)
         learns = [block.precond.learns_from_steps for block in blocks for _ in block.params]
