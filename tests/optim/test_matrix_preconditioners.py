@@ -11,8 +11,9 @@ import torch
 from tests.contract.problems import assert_same
 from torch import nn
 
-from conjugo.optim import NLCG, kronecker, orthogonal
+from conjugo.optim import NLCG, _symmetric, kronecker, orthogonal
 from conjugo.optim._fused import kernels
+from conjugo.optim._symmetric import symmetric_product
 from conjugo.optim.adaptive_preconditioner import AdamDiagonal
 from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.orthogonal import Orthogonal, orthogonalized
@@ -213,14 +214,14 @@ def test_matrices_of_one_shape_are_worked_on_together(monkeypatch):
     params = parameters(shapes)
     before = [p.detach().clone() for p in params]
     after = run(NLCG(params, lr=1.0, precond="orthogonal"), params, [grads])
-    assert sorted(calls) == [(1, 30, 30), (5, 16, 20)]
+    assert sorted(calls) == [(1, 20, 16), (1, 30, 30), (4, 16, 20)]
     for a, b, g in zip(before[:-1], after, grads):
         torch.testing.assert_close(a - b, preconditioned("orthogonal", [g]), rtol=1e-9, atol=1e-12)
     calls.clear()
-    monkeypatch.setattr(orthogonal, "_BATCH", 700)  # two of them
+    monkeypatch.setattr(orthogonal, "_BATCH_ON_CPU", 1000)  # three of them
     params = parameters(shapes)
     bounded = run(NLCG(params, lr=1.0, precond="orthogonal"), params, [grads])
-    assert sorted(calls) == [(1, 16, 20), (1, 30, 30), (2, 16, 20), (2, 16, 20)]
+    assert sorted(calls) == [(1, 16, 20), (1, 20, 16), (1, 30, 30), (3, 16, 20)]
     torch.testing.assert_close(bounded, after, rtol=1e-12, atol=1e-14)
 
 
@@ -241,6 +242,42 @@ def test_which_parameters_are_matrices():
         assert not Orthogonal(matrices=nothing).is_matrix(torch.zeros(shape))
         assert Orthogonal(matrices=everything).is_matrix(torch.zeros(shape)) == (len(shape) > 1 and 0 not in shape)
     assert not chosen.is_matrix(torch.zeros(16, 16, dtype=torch.complex64))
+
+
+def test_matrices_that_are_too_large_get_adams_scaling_and_are_named_once(caplog):
+    orthogonal._log_too_large.cache_clear()
+    shapes = [(24, 20), (20, 24), (20, 20), (24, 20), (30,)]
+    with caplog.at_level(logging.INFO):
+        params = parameters(shapes)
+        optimizer = NLCG(params, precond=Orthogonal(max_dim=20))
+    assert ["square" in optimizer.state[p] for p in params] == [True, True, False, True, True]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"Orthogonal: a matrix of shape {shape} has a side above max_dim=20: Adam's scaling instead"
+        for shape in shapes[:2]
+    ]
+    run(optimizer, params, gradients(shapes, 3))
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_the_type_of_products_by_default(monkeypatch, able):
+    """float64 stays; a CPU that can takes bfloat16 for matrices that are large."""
+    monkeypatch.setattr(orthogonal, "_multiplies_bfloat16", lambda: able)
+    for shape, dtype, rough in (
+        ((128, 128), torch.float32, able),
+        ((128, 300), torch.float32, able),
+        ((127, 200), torch.float32, False),
+        ((128, 128), torch.float64, False),
+    ):
+        g = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        for part in (g, g[:1], g.mT):
+            found = orthogonalized(part)
+            assert found.dtype == dtype
+            error = (found.double() - orthogonalized(part.double())).norm() / found.norm()
+            assert (1e-3 < error < 0.03) if rough else error < 1e-4
+            expected = torch.bfloat16 if rough else dtype
+            assert torch.equal(found, orthogonalized(part, dtype=expected))
 
 
 @pytest.mark.parametrize("kind", [Orthogonal, Kronecker])
@@ -371,12 +408,32 @@ def test_the_eigenbasis_of_a_covariance_is_found():
 
 
 @pytest.mark.parametrize("rows", [511, 512, 1030])
-def test_symmetric_products_of_large_matrices_are_taken_in_blocks(rows):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_symmetric_products_of_large_matrices_are_taken_in_blocks(rows, transposed):
     generator = torch.Generator().manual_seed(0)
-    g = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
-    total = torch.eye(rows, dtype=torch.float64)
-    kronecker._add_gram(total, g)
-    torch.testing.assert_close(total, torch.eye(rows, dtype=torch.float64) + g @ g.mT, rtol=1e-12, atol=1e-12)
+    x = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+    if transposed:
+        x = x.mT.contiguous().mT
+    base, product = torch.randn(rows, rows, generator=generator, dtype=torch.float64), x @ x.mT
+    base += base.mT.clone()
+    out = torch.full_like(base, math.nan)
+    torch.testing.assert_close(symmetric_product(x, out=out), product, rtol=1e-12, atol=1e-12)
+    assert symmetric_product(x, out=out, alpha=0.5) is out
+    torch.testing.assert_close(out, 0.5 * product, rtol=1e-12, atol=1e-12)
+    symmetric_product(x, out=out, base=base, beta=0.25, alpha=-2.0)
+    torch.testing.assert_close(out, 0.25 * base - 2 * product, rtol=1e-12, atol=1e-12)
+    symmetric_product(x, out=base, base=base, beta=0.25, alpha=-2.0)
+    torch.testing.assert_close(base, out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(600, 530), (530, 600), (520, 520)])
+def test_newton_schulz_on_large_matrices_takes_less_work_for_the_same(shape, monkeypatch):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = orthogonalized(g[None], 3)
+    monkeypatch.setattr(_symmetric, "BLOCK", 10**9)
+    torch.testing.assert_close(found, orthogonalized(g[None], 3), rtol=1e-10, atol=1e-12)
+    both = orthogonalized(torch.stack([g, 2 * g]), 3)
+    torch.testing.assert_close(both, found.expand_as(both), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -626,6 +683,7 @@ def test_kernels_in_channels_last_are_the_same_matrices(kind):
         (Orthogonal, {"steps": 0}, "Orthogonal: steps must be an integer >= 1, got 0"),
         (Orthogonal, {"steps": True}, "Orthogonal: steps must be an integer >= 1, got True"),
         (Orthogonal, {"scale": math.inf}, r"Orthogonal: scale must be in \(0, inf\), got inf"),
+        (Orthogonal, {"max_dim": 0}, "Orthogonal: max_dim must be an integer >= 1, got 0"),
         (Orthogonal, {"dtype": torch.int64}, "Orthogonal: dtype must be None or one of .*, got torch.int64"),
         (Kronecker, {"decay": 1.0}, r"Kronecker: decay must be in \[0, 1\), got 1.0"),
         (Kronecker, {"period": 0}, "Kronecker: period must be an integer >= 1, got 0"),

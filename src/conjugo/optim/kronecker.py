@@ -14,15 +14,13 @@ from torch import Tensor
 from conjugo._tensors import Array, namespace
 from conjugo.errors import check
 from conjugo.optim._base import state_dtype
+from conjugo.optim._symmetric import symmetric_product
 from conjugo.optim.adaptive_preconditioner import State, counter, one_of
 from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, shape_of
 
 __all__ = ["Kronecker"]
 
 _log = logging.getLogger(__name__)
-
-_BLOCK = 256
-"""Least side of a block of a symmetric product that is worth a call of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +151,9 @@ class Kronecker(MatrixPreconditioner):
         rate = one_of(learned, 1 - self.decay, 0.0, g.dtype)
         part = g * rate.sqrt()
         if "left" in state:
-            _add_gram(state["left"].mul_(1 - rate), part)
+            symmetric_product(part, out=state["left"].mul_(1 - rate), base=state["left"])
         if "right" in state:
-            _add_gram(state["right"].mul_(1 - rate), part.mT)
+            symmetric_product(part.mT, out=state["right"].mul_(1 - rate), base=state["right"])
         state["updates"].add_(learned)
         state["bad_updates"].add_(finite & ~good)
         return rotated, good
@@ -215,20 +213,6 @@ def _out_of(state: State, matrix: Tensor) -> Tensor:
     if "left_basis" in state:
         matrix = state["left_basis"] @ matrix
     return matrix @ state["right_basis"].mT if "right_basis" in state else matrix
-
-
-def _add_gram(total: Tensor, matrix: Tensor) -> None:
-    """total <- total + M M^T, in place. What is above the diagonal is the same as below, and large blocks of it are copied."""
-    half = len(total) // 2
-    if half < _BLOCK:
-        total.addmm_(matrix, matrix.mT)
-        return
-    upper, lower = matrix[:half], matrix[half:]
-    _add_gram(total[:half, :half], upper)
-    _add_gram(total[half:, half:], lower)
-    cross = upper @ lower.mT
-    total[:half, half:] += cross
-    total[half:, :half] += cross.mT
 
 
 def _eigenvectors(mean: Tensor) -> Tensor:

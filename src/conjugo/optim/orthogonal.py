@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,10 +14,13 @@ import torch
 from torch import Tensor
 
 from conjugo.errors import check
+from conjugo.optim._symmetric import symmetric_product
 from conjugo.optim.adaptive_preconditioner import State
 from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, shape_of
 
 __all__ = ["Orthogonal", "orthogonalized"]
+
+_log = logging.getLogger(__name__)
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """x <- a x + b x^3 + c x^5 on all singular values at once (Jordan et al. 2024): steep at 0, and then near 1, not at 1."""
@@ -23,6 +29,10 @@ _TYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 _BATCH = 2**22
 """Most values of matrices of one shape that are worked on at once; it bounds temporary memory."""
+_BATCH_ON_CPU = 2**17
+"""The same on a CPU, where only small matrices gain, and those that stay in its cache."""
+_LEAST = 128
+"""Least rows and columns for which a CPU takes products in bfloat16: below, single ones take no less time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +53,12 @@ class Orthogonal(MatrixPreconditioner):
     steps: Newton-Schulz steps, >= 1. scale: above 0. matrices: default: those with at least 16 rows and 16 columns, of which
     the one is not more than 8 times the other; others are taken for embeddings and heads. A head with many classes cannot be
     told from its shape: leave it out by ``matrices=lambda p: p.ndim > 1 and p is not model.head.weight``. beta2, eps: of Adam's
-    scaling for all else.
+    scaling for all else. max_dim: a matrix with more rows or columns gets Adam's scaling too; >= 1. A process logs such a
+    shape once.
 
-    dtype: of the matrix products; None: float64 for float64 parameters, else float32 on a CPU and bfloat16 elsewhere. bfloat16
-    is right to about 1 %, and twice as fast on CPUs that have instructions for it. Matrices of one shape in a group run at
+    dtype: of the matrix products; None: float64 for float64 parameters; else bfloat16, but float32 on CPUs without
+    instructions for bfloat16, and on all CPUs for matrices with less than 128 rows or columns. bfloat16 is right to about 1 %
+    and twice as fast. Where processes on different CPUs share the work, name a type. Matrices of one shape in a group run at
     once. State of a matrix: none; of all else as :class:`AdamDiagonal`.
 
     Sources: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the scale: J. Liu et al.,
@@ -56,6 +68,7 @@ class Orthogonal(MatrixPreconditioner):
     steps: int = 5
     scale: float = 0.2
     dtype: torch.dtype | None = None
+    max_dim: int = 16384
 
     SMALLEST: ClassVar[int] = 16
     """Least rows and columns of a matrix, by default."""
@@ -68,11 +81,22 @@ class Orthogonal(MatrixPreconditioner):
         check(is_count(self.steps), self._name, "steps", self.steps, "an integer >= 1")
         check(0 < self.scale < math.inf, self._name, "scale", self.scale, "in (0, inf)")
         check(self.dtype in (None, *_TYPES), self._name, "dtype", self.dtype, f"None or one of {_TYPES}")
+        check(is_count(self.max_dim), self._name, "max_dim", self.max_dim, "an integer >= 1")
 
     def suits(self, rows: int, columns: int) -> bool:
         """At least 16 rows and columns, and nearly square."""
         low, high = sorted((rows, columns))
         return low >= self.SMALLEST and high <= self.LONGEST * low
+
+    def is_matrix(self, p: Tensor) -> bool:
+        """Whether *p* is one of the matrices, and not too large."""
+        return super().is_matrix(p) and max(shape_of(p)) <= self.max_dim
+
+    def state_of(self, p: Tensor, home: Tensor) -> dict[str, Tensor]:
+        """As the base class; a matrix that is too large is logged."""
+        if super().is_matrix(p):
+            _log_too_large(shape_of(p), self.max_dim)
+        return super().state_of(p, home)
 
     def matrix_state(self, p: Tensor) -> dict[str, Tensor]:
         """Nothing."""
@@ -83,25 +107,23 @@ class Orthogonal(MatrixPreconditioner):
         return "square" not in state
 
     def treat(self, matrices: Matrices, vectors: list[Tensor]) -> list[Tensor]:
-        """The scaled orthogonal factor of each; matrices of one shape, or that transposed, at once."""
+        """The scaled orthogonal factor of each; matrices of one shape at once."""
         results = list(vectors)
-        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, vector in enumerate(vectors):
-            alike[tuple(sorted(shape_of(vector)))].append(i)
-        for (low, high), indices in alike.items():
-            at_once = max(1, _BATCH // (low * high))
+            alike[shape_of(vector)].append(i)
+        for shape, indices in alike.items():
+            most = _BATCH_ON_CPU if vectors[indices[0]].device.type == "cpu" else _BATCH
+            at_once = max(1, most // math.prod(shape))
+            scale = self.scale * math.sqrt(max(shape))
             for start in range(0, len(indices), at_once):
-                self._orthogonalize(vectors, results, indices[start : start + at_once], self.scale * math.sqrt(high))
+                chosen = indices[start : start + at_once]
+                batch = [vectors[i].reshape(shape) for i in chosen]
+                whole = torch.stack(batch) if len(batch) > 1 else batch[0][None]
+                factors = orthogonalized(whole, self.steps, scale=scale, dtype=self.dtype)
+                for i, factor in zip(chosen, factors.unbind(), strict=True):
+                    results[i] = factor.reshape(vectors[i].shape)
         return results
-
-    def _orthogonalize(self, vectors: list[Tensor], results: list[Tensor], indices: list[int], scale: float) -> None:
-        """Put the factors of the matrices *indices*, of one shape or that transposed, times *scale* into *results*."""
-        wide = [_wide(vectors[i]) for i in indices]
-        batch = torch.stack(wide) if len(wide) > 1 else wide[0][None]
-        factors = orthogonalized(batch, self.steps, scale=scale, dtype=self.dtype)
-        for i, factor in zip(indices, factors.unbind(), strict=True):
-            rows, columns = shape_of(vectors[i])
-            results[i] = (factor if rows <= columns else factor.mT).reshape(vectors[i].shape)
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5, *, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -113,25 +135,64 @@ def orthogonalized(matrices: Tensor, steps: int = 5, *, scale: float = 1.0, dtyp
     >>> orthogonalized(torch.tensor([[[3.0, 0.0], [0.0, -2.0]]])).diagonal(dim1=1, dim2=2).sign()
     tensor([[ 1., -1.]])
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    peak = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
-    usable = torch.isfinite(peak) & (peak > 0)
-    x = x / torch.where(usable, peak, 1.0)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = (x / torch.where(usable, norm, 1.0)).masked_fill_(~usable, 0.0)
-    if dtype is None:
-        dtype = torch.bfloat16 if x.device.type != "cpu" and x.dtype == torch.float32 else x.dtype
-    x = x.to(dtype)
+    x = _normalized(matrices).to(_product_type(matrices) if dtype is None else dtype)
+    x = _iterated(x[0], steps)[None] if x.shape[0] == 1 else _iterated_at_once(x, steps)
+    return x.to(matrices.dtype).mul_(scale)
+
+
+def _normalized(matrices: Tensor) -> Tensor:
+    """Each divided by its Frobenius norm; 0 where it is 0 or not finite."""
+    tiny = torch.finfo(matrices.dtype).tiny
+    peak = matrices.abs().amax((-2, -1), keepdim=True)  # several times as fast as the norm of that name
+    x = (matrices / peak.clamp_(min=tiny)).nan_to_num_(0.0)
+    return x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=tiny))
+
+
+def _product_type(matrices: Tensor) -> torch.dtype:
+    """The type of products by default."""
+    if matrices.dtype == torch.float64:
+        return torch.float64
+    if matrices.device.type == "cpu" and not (min(matrices.shape[1:]) >= _LEAST and _multiplies_bfloat16()):
+        return matrices.dtype
+    return torch.bfloat16
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16 that PyTorch uses."""
+    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16", False) or known.get("amx_bf16", False))
+
+
+def _iterated(x: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz steps on one matrix [rows, columns]."""
     a, b, c = _COEFFICIENTS
+    rows, columns = x.shape
+    wide, side = rows <= columns, min(rows, columns)
+    gram, polynomial, new = x.new_empty(side, side), x.new_empty(side, side), torch.empty_like(x)
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.to(matrices.dtype).mul_(scale)
-    return x.mT if tall else x
+        symmetric_product(x if wide else x.mT, out=gram)
+        symmetric_product(gram, out=polynomial, base=gram, beta=b, alpha=c)
+        if wide:
+            torch.addmm(x, polynomial, x, beta=a, out=new)
+        else:
+            torch.addmm(x, x, polynomial, beta=a, out=new)
+        x, new = new, x
+    return x
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """The matrix, or its transpose, with no more rows than columns."""
-    matrix = tensor.reshape(shape_of(tensor))
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+def _iterated_at_once(x: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz steps on each of several matrices [n, rows, columns]."""
+    a, b, c = _COEFFICIENTS
+    wide = x.shape[1] <= x.shape[2]
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT) if wide else torch.bmm(x.mT, x)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=a)
+    return x
+
+
+@functools.cache
+def _log_too_large(shape: tuple[int, int], limit: int) -> None:
+    if max(shape) > limit:
+        _log.info("Orthogonal: a matrix of shape %s has a side above max_dim=%d: Adam's scaling instead", shape, limit)
