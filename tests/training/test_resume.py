@@ -39,6 +39,12 @@ RUNS = {
     "images, nlcg-gauss-newton": replace(IMAGES, optimizer="nlcg-gauss-newton"),
     "nlcg-kron with micro-batches": replace(TABLE, optimizer="nlcg-kron", micro_batch=7),
     "images, nlcg-orthogonal": replace(IMAGES, optimizer="nlcg-orthogonal"),
+    "parabola with micro-batches": replace(
+        TABLE, optimizer="nlcg-orthogonal", lr=1.0, optimizer_options={"line_search": "parabola"}, micro_batch=7
+    ),
+    "images, subspace": replace(
+        IMAGES, optimizer="nlcg-orthogonal", lr=1.0, optimizer_options={"line_search": "subspace"}
+    ),
     "images in bfloat16": replace(IMAGES, precision="bfloat16", ema=0.9),
     "images, momentum": replace(IMAGES, optimizer="momentum", micro_batch=8),
 }

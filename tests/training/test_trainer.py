@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjugo.distributed import GlobalBatchSampler
 from conjugo.errors import TrainingDiverged, UnknownName
+from conjugo.optim._observed_batch import ObservedBatch
+from conjugo.optim.probed_steps import Parabola
 from conjugo.training import TrainConfig, Trainer, models, train
 from conjugo.training.batch_norm import RunningStatistics
 from conjugo.training.data import Dataset, Split
@@ -472,6 +474,45 @@ def test_bad_input_that_only_the_run_can_see(tmp_path):
     with pytest.raises(ValueError, match=r"input_shape must be .channels, height, width. for model 'cnn'"):
         train(replace(PLAIN, model="cnn"), data=data, out=out)
     assert not out.exists()
+
+
+PROBED = replace(PLAIN, optimizer="nlcg-adam", lr=1.0, optimizer_options={"line_search": "parabola"})
+
+
+def test_the_loss_that_a_step_size_looks_at_is_that_of_the_step():
+    """A trial that goes nowhere, by micro-batches, in bfloat16 and with smoothed labels."""
+    trainer = Trainer(replace(PROBED, micro_batch=7, precision="bfloat16", label_smoothing=0.1), table())
+    trainer.optimizer.line_search = Parabola(initial=1e-30, tries=1)
+    found = []
+    search = ObservedBatch.loss
+
+    def noted(self):
+        found.append(search(self))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ObservedBatch, "loss", noted)
+        trainer.train_step()
+    assert found == [pytest.approx(trainer.loss_sum.item(), rel=1e-6)]
+
+
+def test_passes_are_part_of_the_record():
+    result = Trainer(replace(PROBED, steps=6), table())
+    result.fit()
+    assert result.history[-1]["passes"] == pytest.approx(result.optimizer.passes)
+    assert 8 <= result.history[-1]["passes"] <= 6 + 17 / 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip_norm": 1.0}, "clip_norm must be None with an optimizer that looks at the loss again, got 1.0"),
+        ({"discard_small_loss": 0.5}, "discard_small_loss must be 0 with an optimizer that looks at"),
+    ],
+)
+def test_what_does_not_go_with_a_step_size_that_looks_at_the_loss(settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(PROBED, **settings), data=table())
 
 
 @pytest.mark.parametrize("name", ["tpu-9", "nonsense", "cuda:99"])

@@ -93,6 +93,12 @@ HARD = {
     "rmsprop": (replace(NO_NORM, optimizer="rmsprop", lr=0.01), "table"),
     "lars": (replace(NO_NORM, optimizer="lars", lr=10.0), "table"),
     "lamb": (replace(NO_NORM, optimizer="lamb"), "table"),
+    "a parabola along the direction": (
+        replace(
+            NO_NORM, optimizer="nlcg-adam", lr=1.0, weight_decay=0.01, optimizer_options={"line_search": "parabola"}
+        ),
+        "table",
+    ),
     "augmented images": (replace(IMAGES, model="mlp", micro_batch=4), "images"),
     "growing batch": (replace(GROWING, batch_schedule_lr="linear", lr=0.1), "table"),
     "growing batch of augmented images": (
