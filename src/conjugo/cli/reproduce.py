@@ -22,7 +22,8 @@ class Arguments:
     """Set a paper's headline result beside what comes out here, at a scale that fits the machine.
 
     Args:
-        name: Which result: nlcg, frsgd, adagrad-norm, mclr, batch-size, tabular-cg, hessian-spectrum, bngd, width, advisor.
+        name: Which result: nlcg, frsgd, adagrad-norm, mclr, batch-size, tabular-cg, hessian-spectrum, bngd, width, advisor,
+            frontier.
         scale: cpu takes minutes, gpu needs one GPU, full says what the original experiment would take.
         out: Folder for results and figures; by default runs/reproduce-NAME-SCALE.
         jobs: Training runs at the same time.

@@ -63,7 +63,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """*p_values* corrected for their number (Holm 1979): below a level where the chance of one false alarm or more is below it."""
+    """*p_values* corrected for their number (Holm 1979): they hold the chance of one false alarm or more below a level."""
     corrected = [0.0] * len(p_values)
     largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):

@@ -21,6 +21,7 @@ def _papers() -> dict[str, Paper]:
     from conjugo.studies.reproduce.advisor import PAPER as ADVISOR
     from conjugo.studies.reproduce.batch_size import PAPER as BATCH_SIZE
     from conjugo.studies.reproduce.bngd import PAPER as BNGD
+    from conjugo.studies.reproduce.frontier import PAPER as FRONTIER
     from conjugo.studies.reproduce.frsgd import PAPER as FRSGD
     from conjugo.studies.reproduce.hessian_spectrum import PAPER as HESSIAN_SPECTRUM
     from conjugo.studies.reproduce.mclr import PAPER as MCLR
@@ -39,6 +40,7 @@ def _papers() -> dict[str, Paper]:
         "bngd": BNGD,
         "width": WIDTH,
         "advisor": ADVISOR,
+        "frontier": FRONTIER,
     }
 
 
