@@ -35,12 +35,18 @@ def test_no_minimum_without_curvature(bend):
 
 @pytest.mark.parametrize(
     ("alpha", "expected"),
-    [(0.3, 0.4), (0.4, 0.4), (0.1, 0.2), (4.0, 2.0), (0.2 + 1e-6, 0.4)],
+    [(0.3, 0.4), (0.4, 0.4), (0.1, 0.2), (0.2 + 1e-6, 0.4), (0.799, 0.4)],
 )
 def test_the_step_goes_to_the_minimum_by_at_most_the_factor(alpha, expected):
     found = Parabola().search(alpha, loss=3.0, slope=-2.0, trial=quadratic(-2.0, 5.0))
     assert found.alpha == pytest.approx(expected)
     assert (found.move, found.trials) == (True, 1)
+
+
+@pytest.mark.parametrize(("tries", "expected"), [(12, (0.4, True, 4)), (2, (1.0, True, 2)), (1, (2.0, True, 1))])
+def test_a_step_that_is_much_too_long_is_halved_as_often_as_it_takes(tries, expected):
+    found = Parabola(tries=tries).search(4.0, loss=3.0, slope=-2.0, trial=quadratic(-2.0, 5.0))
+    assert found == (pytest.approx(expected[0]), *expected[1:])
 
 
 @pytest.mark.parametrize("minimum", [1e-6, 3e-3, 0.4, 2e4])
@@ -87,7 +93,8 @@ def test_a_change_below_the_rounding_error_says_nothing():
         return 3.0 + 1e-7
 
     assert Parabola().search(0.5, loss=3.0, slope=-1e-8, trial=flat).alpha == 0.5
-    assert Parabola().search(0.5, loss=3.0, slope=-1e-8, trial=flat, eps=lambda: 1e-16).alpha == 0.25
+    exact = Parabola(tries=1).search(0.5, loss=3.0, slope=-1e-8, trial=flat, eps=lambda: 1e-16)
+    assert exact.alpha == 0.25
 
 
 # The plane -------------------------------------------------------------------------------------------------------------
