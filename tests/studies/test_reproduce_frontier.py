@@ -20,6 +20,7 @@ from conjugo.studies.reproduce.frontier_plan import FAMILIES, FrontierPlan, cpu_
 from conjugo.studies.reproduce.frontier_search import MOST, Search, Searched
 from conjugo.studies.reproduce.frontier_tasks import Cost, costs, dataset, run_task
 from conjugo.studies.reproduce.paper import Request
+from conjugo.training import optimizers
 
 PAGE = Path(__file__).parents[2] / "docs" / "frontier-protocol.md"
 
@@ -397,13 +398,9 @@ def test_tuning_does_not_see_the_test_text(shakespeare):
 
 
 def test_orthogonal_and_muon_share_their_matrices(shakespeare):
-    from conjugo.studies.reproduce.frontier_tasks import hidden
-    from conjugo.training import optimizers
-
     model = frontier_text.CharTransformer(10)
     inside = [p for p in model.blocks.parameters() if p.ndim > 1]
-    muon = optimizers.build("muon", model.parameters(), **hidden(model, "muon"))
-    ours = optimizers.build("nlcg-orthogonal", model.parameters(), **hidden(model, "orthogonal-fr"))
+    muon, ours = (optimizers.build(name, model) for name in ("muon", "nlcg-orthogonal"))
     model(torch.zeros(1, 4, dtype=torch.int64)).square().sum().backward()
     muon.step()
     for p in model.parameters():

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conjugo.optim import Orthogonal
 from conjugo.studies.records import Outcome, Task
 from conjugo.studies.reproduce.frontier_plan import FAMILIES, FrontierPlan, Setting
 from conjugo.studies.reproduce.frontier_text import CONTEXT, CharTransformer, load_text, loss_of, train_text
@@ -75,9 +74,7 @@ def run_task(plan: FrontierPlan, task: Task) -> Outcome:
         torch.manual_seed(task.seed)
         text = load_text()
         model = CharTransformer(text.vocabulary)
-        optimizer = optimizers.build(
-            family.optimizer, model.parameters(), lr=task.lr, **chosen, **hidden(model, task.contender)
-        )
+        optimizer = optimizers.build(family.optimizer, model, lr=task.lr, **chosen)
         return train_text(model, optimizer, text, setting, task, steps=steps)
     contender = Contender(task.contender, family.optimizer, (), chosen)
     train = replace(setting.train, weight_decay=decay(setting.train, task.contender))
@@ -90,19 +87,6 @@ def run_task(plan: FrontierPlan, task: Task) -> Outcome:
         steps=steps,
         evaluations=min(steps, evaluations),
     )
-
-
-def hidden(model: CharTransformer, name: str) -> dict[str, Any]:
-    """Options that keep embeddings and the last layer, which look like other matrices, from those that orthogonalise."""
-    inside = {id(p) for p in model.blocks.parameters()}
-
-    def takes(p: Tensor) -> bool:
-        return id(p) in inside
-
-    optimizer = FAMILIES[name].optimizer
-    if optimizer == "nlcg-orthogonal":
-        return {"precond": Orthogonal(matrices=takes)}
-    return {"matrices": takes} if optimizer == "muon" else {}
 
 
 def decay(train: TrainConfig, name: str) -> float:
@@ -140,10 +124,7 @@ def costs(setting: Setting, names: list[str], *, repetitions: int = 15) -> dict[
 def _steps(setting: Setting, name: str) -> Iterator[tuple[float, float, float]]:
     model, loss = _problem(setting)
     family = FAMILIES[name]
-    chosen = options(name, family.variants[0])
-    if isinstance(model, CharTransformer):
-        chosen |= hidden(model, name)
-    optimizer = optimizers.build(family.optimizer, model.parameters(), lr=1e-4, **chosen)
+    optimizer = optimizers.build(family.optimizer, model, lr=1e-4, **options(name, family.variants[0]))
     parameters = sum(p.numel() for p in model.parameters())
     while True:
         optimizer.zero_grad()
