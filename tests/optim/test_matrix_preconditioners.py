@@ -11,9 +11,9 @@ import torch
 from tests.contract.problems import assert_same
 from torch import nn
 
-from conjugo.optim import NLCG, _symmetric, kronecker, orthogonal
+from conjugo.optim import NLCG, _matrix_products, kronecker, orthogonal
 from conjugo.optim._fused import kernels
-from conjugo.optim._symmetric import symmetric_product
+from conjugo.optim._matrix_products import symmetric_product
 from conjugo.optim.adaptive_preconditioner import AdamDiagonal
 from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.orthogonal import Orthogonal, orthogonalized
@@ -218,7 +218,7 @@ def test_matrices_of_one_shape_are_worked_on_together(monkeypatch):
     for a, b, g in zip(before[:-1], after, grads):
         torch.testing.assert_close(a - b, preconditioned("orthogonal", [g]), rtol=1e-9, atol=1e-12)
     calls.clear()
-    monkeypatch.setattr(orthogonal, "_BATCH_ON_CPU", 1000)  # three of them
+    monkeypatch.setattr(_matrix_products, "BATCH_ON_CPU", 1000)  # three of them
     params = parameters(shapes)
     bounded = run(NLCG(params, lr=1.0, precond="orthogonal"), params, [grads])
     assert sorted(calls) == [(1, 16, 20), (1, 20, 16), (1, 30, 30), (3, 16, 20)]
@@ -263,7 +263,7 @@ def test_matrices_that_are_too_large_get_adams_scaling_and_are_named_once(caplog
 @pytest.mark.parametrize("able", [False, True])
 def test_the_type_of_products_by_default(monkeypatch, able):
     """float64 stays; a CPU that can takes bfloat16 for matrices that are large."""
-    monkeypatch.setattr(orthogonal, "_multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(_matrix_products, "_multiplies_bfloat16", lambda: able)
     for shape, dtype, rough in (
         ((128, 128), torch.float32, able),
         ((128, 300), torch.float32, able),
@@ -430,7 +430,7 @@ def test_symmetric_products_of_large_matrices_are_taken_in_blocks(rows, transpos
 def test_newton_schulz_on_large_matrices_takes_less_work_for_the_same(shape, monkeypatch):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = orthogonalized(g[None], 3)
-    monkeypatch.setattr(_symmetric, "BLOCK", 10**9)
+    monkeypatch.setattr(_matrix_products, "BLOCK", 10**9)
     torch.testing.assert_close(found, orthogonalized(g[None], 3), rtol=1e-10, atol=1e-12)
     both = orthogonalized(torch.stack([g, 2 * g]), 3)
     torch.testing.assert_close(both, found.expand_as(both), rtol=1e-10, atol=1e-12)
@@ -528,21 +528,87 @@ def test_gradients_whose_squares_overflow_are_left_out_and_counted():
     assert all(p.abs().max() < 100 for p in params)  # P g is 0 for it: it does not move by its size
 
 
-def test_a_basis_that_is_not_found_is_counted_and_tried_again(monkeypatch):
+def test_where_no_basis_is_found_all_starts_anew_and_is_counted(monkeypatch):
     def fails(*args):
         raise torch.linalg.LinAlgError("did not converge")
 
-    params = parameters([(4, 4)])
-    optimizer = NLCG(params, lr=0.1, precond=Kronecker())
+    params, twins = parameters([(4, 4)]), parameters([(4, 4)])
+    steps = gradients([(4, 4)], 6)
+    optimizer, other = NLCG(params, lr=0.1, precond=Kronecker()), NLCG(twins, lr=0.1, precond=Kronecker())
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", fails)
-        run(optimizer, params, gradients([(4, 4)], 2))
+        run(optimizer, params, steps[:2])
     state = optimizer.state[params[0]]
-    assert (state["bad_updates"].item(), state["renewed"].item()) == (1, 0)
+    assert (state["bad_updates"].item(), state["renewed"].item(), state["updates"].item()) == (1, 0, 1)
     assert torch.equal(state["left_basis"], torch.eye(4, dtype=torch.float64))
-    run(optimizer, params, gradients([(4, 4)], 1))
-    assert (state["bad_updates"].item(), state["renewed"].item()) == (1, 2)
-    assert params[0].isfinite().all()
+    run(optimizer, params, steps[2:])
+    run(other, twins, steps[1:])
+    assert state["bad_updates"].item() == 1
+    assert_same([params[0].detach()], [twins[0].detach()])
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", ["left", "right", "right_basis"])
+def test_what_is_no_longer_finite_starts_anew_and_is_counted(name, first):
+    shapes, steps = [(4, 4), (5, 5)], gradients([(4, 4), (5, 5)], 9)
+    params = parameters(shapes)
+    optimizer = NLCG(params, lr=0.1, beta_max=0.0, precond=Kronecker(period=2))
+    run(optimizer, params, steps[:1] if first else steps[:3])
+    state, untouched = (copy.deepcopy(optimizer.state[p]) for p in params)
+    optimizer.state[params[0]][name][1, 2] = math.inf if first else math.nan
+    before = params[0].detach().clone()
+    run(optimizer, params, steps[3:4])
+    state = optimizer.state[params[0]]
+    if first and name == "right_basis":  # of which nothing is left
+        assert state["bad_updates"].item() == 0
+    else:
+        assert (state["bad_updates"].item(), state["renewed"].item(), state["updates"].item()) == (1, 0, 1)
+        assert torch.equal(before, params[0])
+        twins = parameters(shapes)
+        fresh = NLCG(twins, lr=0.1, precond=Kronecker(period=2))
+        run(fresh, twins, steps[3:4])
+        for kept in ("square", "left", "right", "left_basis", "right_basis"):
+            assert torch.equal(state[kept], fresh.state[twins[0]][kept]), kept
+    assert optimizer.state[params[1]]["updates"] == untouched["updates"] + 1
+    run(optimizer, params, steps[4:])
+    assert all(p.isfinite().all() for p in params)
+    assert not torch.equal(before, params[0])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_products_for_means_and_results_may_be_in_bfloat16(monkeypatch, dtype):
+    monkeypatch.setattr(_matrix_products, "_multiplies_bfloat16", lambda: True)
+    shapes = [(128, 128), (130, 140), (128, 128), (520, 128), (20, 20)]
+    steps, results, states = gradients(shapes, 2, dtype=torch.float32), [], []
+    for chosen in (dtype, torch.float32):
+        params = parameters(shapes, torch.float32)
+        before = [p.detach().clone() for p in params]
+        optimizer = NLCG(params, lr=1.0, precond=Kronecker(dtype=chosen))
+        with monkeypatch.context() as patch:
+            patch.setattr(Kronecker, "_renew_due", lambda *args: None)  # noise moves a basis of random gradients
+            run(optimizer, params, steps)
+        results.append([p.detach() - w for p, w in zip(params, before, strict=True)])
+        states.append(list(optimizer.state.values()))
+    for shape, found, exact, state, other in zip(shapes, *results, *states, strict=True):
+        rough = dtype is not None or min(shape) >= 128
+        for a, b in ((found, exact), (state["left"], other["left"]), (state["right"], other["right"])):
+            assert a.dtype == torch.float32
+            error = ((a - b).norm() / b.norm()).item()
+            assert (1e-4 < error < 6e-3) if rough else error == 0
+        assert torch.equal(state["square"], other["square"])
+
+
+def test_many_small_matrices_are_worked_on_at_once(monkeypatch):
+    """The same as one by one."""
+    shapes, results = [(6, 6)] * 3 + [(4, 4), (6, 6)], []
+    steps = gradients(shapes, 8)
+    for most in (2**18, 1):
+        monkeypatch.setattr(_matrix_products, "BATCH_ON_CPU", most)
+        params = parameters(shapes)
+        optimizer = NLCG(params, lr=0.1, beta_max=0.9, precond=Kronecker(period=3))
+        run(optimizer, params, steps)
+        results.append([[p.detach() for p in params], list(optimizer.state.values())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
 def test_gradients_of_zero_leave_the_basis_to_find():
@@ -689,6 +755,7 @@ def test_kernels_in_channels_last_are_the_same_matrices(kind):
         (Kronecker, {"period": 0}, "Kronecker: period must be an integer >= 1, got 0"),
         (Kronecker, {"damping": -1.0}, r"Kronecker: damping must be in \[0, inf\), got -1.0"),
         (Kronecker, {"max_dim": 0}, "Kronecker: max_dim must be an integer >= 1, got 0"),
+        (Kronecker, {"dtype": torch.int64}, "Kronecker: dtype must be None or one of .*, got torch.int64"),
         (Kronecker, {"eps": math.nan}, r"Kronecker: eps must be in \(0, inf\), got nan"),
     ],
 )

@@ -14,9 +14,9 @@ from torch import Tensor
 from conjugo._tensors import Array, namespace
 from conjugo.errors import check
 from conjugo.optim._base import state_dtype
-from conjugo.optim._symmetric import symmetric_product
+from conjugo.optim._matrix_products import TYPES, product, product_type, stacked, symmetric_product, together
 from conjugo.optim.adaptive_preconditioner import State, counter, one_of
-from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, shape_of
+from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, picked, shape_of
 
 __all__ = ["Kronecker"]
 
@@ -40,12 +40,15 @@ class Kronecker(MatrixPreconditioner):
     decay: part of the old means of g g^T and g^T g in new ones, in [0, 1). period: >= 1. damping: >= 0. max_dim: a side with
     more rows or columns than that keeps the identity as its basis, and so does one with a single row; where both sides do,
     the parameter gets Adam's scaling; >= 1. A process logs such a shape once. matrices: default: all parameters with two
-    dimensions or more. beta2: of v and of Adam's scaling for all else. eps: as there.
+    dimensions or more. beta2: of v and of Adam's scaling for all else. eps: as there. dtype: of the products g g^T and g^T g
+    and of those that turn the divided gradient back; None: as for :class:`Orthogonal`. All else is exact, in particular the
+    way into the basis, where small values count as much as large ones.
 
     State of a matrix [m, n]: ``square`` [m, n]; ``left`` and ``left_basis`` [m, m]; ``right`` and ``right_basis`` [n, n],
     if those sides have a basis; 0-d in float64 ``updates``, gradients learned, ``renewed``, the number of those when the basis
-    was last renewed, and ``bad_updates``, gradients whose squares overflow, which are left out, and bases that could not be
-    found. The host looks at these counts twice in *period* steps, and waits for the device then.
+    was last renewed, and ``bad_updates``. That counts gradients whose squares overflow, which are left out, and renewals where
+    means or bases are not finite or no basis is found: all but this count then starts anew. The host looks at these counts
+    twice in *period* steps, and waits for the device then.
 
     Source: N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321; the relative damping is
     ours.
@@ -55,6 +58,7 @@ class Kronecker(MatrixPreconditioner):
     period: int = 10
     damping: float = 0.03
     max_dim: int = 2048
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Check the options; raises ``ValueError``."""
@@ -63,6 +67,7 @@ class Kronecker(MatrixPreconditioner):
         check(is_count(self.period), self._name, "period", self.period, "an integer >= 1")
         check(0 <= self.damping < math.inf, self._name, "damping", self.damping, "in [0, inf)")
         check(is_count(self.max_dim), self._name, "max_dim", self.max_dim, "an integer >= 1")
+        check(self.dtype in (None, *TYPES), self._name, "dtype", self.dtype, f"None or one of {TYPES}")
 
     def suits(self, rows: int, columns: int) -> bool:
         """Always."""
@@ -105,18 +110,23 @@ class Kronecker(MatrixPreconditioner):
         """Renew the bases that are due, learn the squares in them, then the means that make the next ones."""
         self._renew_due(matrices, finite)
         matrices.memo["learned"] = [
-            self._learn(state, g, finite) for state, g in zip(matrices.states, matrices.gradients, strict=True)
+            self._learn(picked(matrices.states, indices), picked(matrices.gradients, indices), finite)
+            for indices in together(matrices.gradients, square=True)
         ]
 
     def treat(self, matrices: Matrices, vectors: list[Tensor]) -> list[Tensor]:
         """Into the basis, divided, and back; 0 where nothing but a first gradient was learned."""
         known = matrices.memo.pop("learned", None) if vectors is matrices.gradients else None
-        results = []
-        for i, (state, vector) in enumerate(zip(matrices.states, vectors, strict=True)):
-            rotated, good = known[i] if known else (_into(state, _matrix(vector)), None)
-            allowed = state["updates"] > 1
-            root = self._root(state, allowed if good is None else allowed & good)
-            results.append(_out_of(state, rotated / root).view(vector.shape))
+        results = list(vectors)
+        for at, indices in enumerate(together(vectors, square=True)):
+            states = picked(matrices.states, indices)
+            if known:
+                rotated, v, good = known[at]
+            else:
+                rotated, v, good = _into(states, stacked(picked(vectors, indices))), _stack(states, "square"), None
+            z = self._out_of(states, self._divided(states, rotated, v, good))
+            for i, own in zip(indices, z.unbind(), strict=True):
+                results[i] = own.view(vectors[i].shape)
         return results
 
     def divided(self, states: Sequence[State], vectors: Sequence[Tensor], foreach: bool) -> list[Tensor]:
@@ -129,34 +139,71 @@ class Kronecker(MatrixPreconditioner):
         factor, eps = super().divisor(count)
         return factor, namespace(count).where(count > 1, eps, math.inf)
 
-    def _root(self, state: State, allowed: Tensor) -> Tensor:
-        """What the rotated gradient is divided by; infinity where not *allowed*, 0-d."""
-        v = _matrix(state["square"])
-        lacking = self.correction(state["updates"] - 1).to(v.dtype)
-        least = one_of(allowed, self.eps, math.inf, v.dtype) + self.damping * v.mean().sqrt() / lacking
-        return torch.addcmul(least, v.sqrt(), 1 / lacking)
+    def _divided(self, states: Sequence[State], rotated: Tensor, v: Tensor, good: Tensor | None) -> Tensor:
+        """What is *rotated* into the basis, divided; 0 where nothing but a first gradient was learned or it is not *good*."""
+        counts = torch.stack([state["updates"] for state in states])
+        lacking = self.correction(counts - 1).to(v.dtype)[:, None, None]
+        allowed = counts > 1 if good is None else (counts > 1) & good
+        least = one_of(allowed, self.eps, math.inf, v.dtype)[:, None, None]
+        least = least + self.damping / lacking * v.mean((-2, -1), keepdim=True).sqrt_()
+        root = v.sqrt()
+        torch.addcmul(least, root, 1 / lacking, out=root)
+        return torch.div(rotated, root, out=root)
 
-    def _learn(self, state: State, gradient: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a gradient, which is 0 where not *finite*, into the means, in place.
+    def _learn(
+        self, states: Sequence[State], gradients: Sequence[Tensor], finite: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take gradients of one shape, which are 0 where not *finite*, into the means, in place.
 
-        What it is in the basis, and whether its squares are finite.
+        What they are in the bases, the means of the squares, and for each gradient whether its squares are finite.
         """
-        g = _matrix(gradient)
-        good = torch.isfinite(torch.linalg.vector_norm(g).square())
+        g = stacked(gradients)
+        good = torch.isfinite(torch.linalg.vector_norm(g, dim=(-2, -1)).square())
         learned = finite & good
-        rotated = _into(state, g)
-        rate = one_of(learned & (state["updates"] > 0), 1 - self.beta2, 0.0, g.dtype)
-        part = rotated * rate.sqrt()  # 0 where nothing is learned: no square may overflow
-        _matrix(state["square"]).mul_(1 - rate).addcmul_(part, part)
-        rate = one_of(learned, 1 - self.decay, 0.0, g.dtype)
-        part = g * rate.sqrt()
-        if "left" in state:
-            symmetric_product(part, out=state["left"].mul_(1 - rate), base=state["left"])
-        if "right" in state:
-            symmetric_product(part.mT, out=state["right"].mul_(1 - rate), base=state["right"])
-        state["updates"].add_(learned)
-        state["bad_updates"].add_(finite & ~good)
-        return rotated, good
+        seen = learned & (torch.stack([state["updates"] for state in states]) > 0)
+        rotated, v = _into(states, g), _stack(states, "square")
+        if g.device.type == "cpu" and bool(seen.all()):  # nothing to wait for, and numbers cost less than tensors
+            v.mul_(self.beta2).addcmul_(rotated, rotated, value=1 - self.beta2)
+            self._learn_means(states, g, self.decay, 1 - self.decay)
+        else:
+            rate = one_of(seen, 1 - self.beta2, 0.0, g.dtype)[:, None, None]
+            part = rotated * rate.sqrt()  # 0 where nothing is learned: no square may overflow
+            v.mul_(1 - rate).addcmul_(part, part)
+            rate = one_of(learned, 1 - self.decay, 0.0, g.dtype)[:, None, None]
+            self._learn_means(states, g * rate.sqrt(), 1 - rate, 1.0)
+        _put(states, "square", v)
+        torch._foreach_add_([state["updates"] for state in states], list(learned.unbind()))
+        torch._foreach_add_([state["bad_updates"] for state in states], list((finite & ~good).unbind()))
+        return rotated, v, good
+
+    def _learn_means(self, states: Sequence[State], g: Tensor, keep: float | Tensor, gain: float) -> None:
+        """left <- keep left + gain g g^T, right <- keep right + gain g^T g."""
+        dtype = self._product_type(g)
+        x = g if dtype is None else g.to(dtype)
+        for name, y in (("left", x), ("right", x.mT)):
+            if name not in states[0]:
+                continue
+            mean = _stack(states, name).mul_(keep)
+            if y.shape[0] > 1:
+                mean.add_(torch.bmm(y, y.mT), alpha=gain)
+            elif dtype is None:
+                symmetric_product(y[0], out=mean[0], base=mean[0], alpha=gain)
+            else:
+                size = y.shape[1]
+                mean[0].add_(symmetric_product(y[0], out=y.new_empty(size, size)), alpha=gain)
+            _put(states, name, mean)
+
+    def _out_of(self, states: Sequence[State], x: Tensor) -> Tensor:
+        """Q X R^T for each of *x* [n, rows, columns]."""
+        dtype = self._product_type(x)
+        if "left_basis" in states[0]:
+            x = product(_stack(states, "left_basis"), x, dtype=dtype)
+        return product(x, _stack(states, "right_basis").mT, dtype=dtype) if "right_basis" in states[0] else x
+
+    def _product_type(self, matrices: Tensor) -> torch.dtype | None:
+        """Of products that need not be exact; None: that of *matrices*."""
+        dtype = product_type(matrices) if self.dtype is None else self.dtype
+        return None if dtype == matrices.dtype else dtype
 
     def _renew_due(self, matrices: Matrices, finite: Tensor) -> None:
         """Renew the bases whose time has come. Reads counts from the device when it may have."""
@@ -176,43 +223,56 @@ class Kronecker(MatrixPreconditioner):
         memo["wait"] = min(waits)
 
     def _renew(self, state: State, *, first: bool, finite: Tensor) -> None:
-        """New bases from the means; nothing changes where not *finite*, where there is only 0, or where none is found."""
-        found, some, changes = finite, finite, []
+        """New bases from the means; nothing changes where not *finite*, or where there is only 0.
+
+        Where means or bases are not finite, or no basis is found, all starts anew.
+        """
+        some, sound, changes = finite, finite, []
         v = _matrix(state["square"])
         for dim, side in enumerate(("left", "right")):
             if side not in state:
                 continue
             mean, basis = state[side], state[f"{side}_basis"]
             peak = mean.diagonal().amax()  # the largest value of all
-            mean = mean / torch.where(peak > 0, peak, 1.0)
+            scaled = mean / torch.where(peak > 0, peak, 1.0)
             if first:
-                new = _eigenvectors(mean)
+                new = _eigenvectors(scaled)
             else:
-                turned = mean @ basis
+                turned = scaled @ basis
                 order = (basis * turned).sum(0).argsort(descending=True, stable=True)
                 new = _orthonormalized(turned[:, order])
                 v = v.index_select(dim, order)
             some = some & (peak > 0)
-            found = found & (peak > 0) & torch.isfinite(new).all()
-            changes.append((basis, new))
-        for old, new in [*changes, (_matrix(state["square"]), v)]:
-            old.copy_(torch.where(found, new, old))
-        state["renewed"].copy_(torch.where(found, state["updates"], state["renewed"]))
-        state["bad_updates"].add_(some & ~found)
+            sound = sound & torch.isfinite(mean).all() & torch.isfinite(new).all()
+            changes += [(mean, mean, torch.zeros_like(peak)), (basis, new, torch.eye(len(new)).to(new))]
+        found, broken = some & sound, finite & ~sound
+        zero = torch.zeros_like(state["updates"])
+        changes += [
+            (_matrix(state["square"]), v, zero.to(v.dtype)),
+            (state["renewed"], state["updates"].clone(), zero),
+            (state["updates"], state["updates"], zero),
+        ]
+        for old, new, start in changes:
+            old.copy_(torch.where(found, new, torch.where(broken, start, old)))
+        state["bad_updates"].add_(broken)
 
 
-def _into(state: State, matrix: Tensor) -> Tensor:
-    """Q^T M R."""
-    if "left_basis" in state:
-        matrix = state["left_basis"].mT @ matrix
-    return matrix @ state["right_basis"] if "right_basis" in state else matrix
+def _into(states: Sequence[State], x: Tensor) -> Tensor:
+    """Q^T X R for each of *x* [n, rows, columns]."""
+    if "left_basis" in states[0]:
+        x = product(_stack(states, "left_basis").mT, x)
+    return product(x, _stack(states, "right_basis")) if "right_basis" in states[0] else x
 
 
-def _out_of(state: State, matrix: Tensor) -> Tensor:
-    """Q M R^T."""
-    if "left_basis" in state:
-        matrix = state["left_basis"] @ matrix
-    return matrix @ state["right_basis"].mT if "right_basis" in state else matrix
+def _stack(states: Sequence[State], name: str) -> Tensor:
+    """What is called *name* in *states* as [n, rows, columns]; on the memory of the state if it is a single one."""
+    return stacked([state[name] for state in states])
+
+
+def _put(states: Sequence[State], name: str, values: Tensor) -> None:
+    """The reverse of :func:`_stack`."""
+    if len(states) > 1:
+        torch._foreach_copy_([_matrix(state[name]) for state in states], list(values.unbind()))
 
 
 def _eigenvectors(mean: Tensor) -> Tensor:

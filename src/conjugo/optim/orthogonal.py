@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conjugo.errors import check
-from conjugo.optim._symmetric import symmetric_product
+from conjugo.optim._matrix_products import TYPES, product_type, stacked, symmetric_product, together
 from conjugo.optim.adaptive_preconditioner import State
 from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, shape_of
 
@@ -24,15 +22,6 @@ _log = logging.getLogger(__name__)
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """x <- a x + b x^3 + c x^5 on all singular values at once (Jordan et al. 2024): steep at 0, and then near 1, not at 1."""
-
-_TYPES = (torch.bfloat16, torch.float32, torch.float64)
-
-_BATCH = 2**22
-"""Most values of matrices of one shape that are worked on at once; it bounds temporary memory."""
-_BATCH_ON_CPU = 2**17
-"""The same on a CPU, where only small matrices gain, and those that stay in its cache."""
-_LEAST = 128
-"""Least rows and columns for which a CPU takes products in bfloat16: below, single ones take no less time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +69,7 @@ class Orthogonal(MatrixPreconditioner):
         super().__post_init__()
         check(is_count(self.steps), self._name, "steps", self.steps, "an integer >= 1")
         check(0 < self.scale < math.inf, self._name, "scale", self.scale, "in (0, inf)")
-        check(self.dtype in (None, *_TYPES), self._name, "dtype", self.dtype, f"None or one of {_TYPES}")
+        check(self.dtype in (None, *TYPES), self._name, "dtype", self.dtype, f"None or one of {TYPES}")
         check(is_count(self.max_dim), self._name, "max_dim", self.max_dim, "an integer >= 1")
 
     def suits(self, rows: int, columns: int) -> bool:
@@ -109,20 +98,12 @@ class Orthogonal(MatrixPreconditioner):
     def treat(self, matrices: Matrices, vectors: list[Tensor]) -> list[Tensor]:
         """The scaled orthogonal factor of each; matrices of one shape at once."""
         results = list(vectors)
-        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, vector in enumerate(vectors):
-            alike[shape_of(vector)].append(i)
-        for shape, indices in alike.items():
-            most = _BATCH_ON_CPU if vectors[indices[0]].device.type == "cpu" else _BATCH
-            at_once = max(1, most // math.prod(shape))
-            scale = self.scale * math.sqrt(max(shape))
-            for start in range(0, len(indices), at_once):
-                chosen = indices[start : start + at_once]
-                batch = [vectors[i].reshape(shape) for i in chosen]
-                whole = torch.stack(batch) if len(batch) > 1 else batch[0][None]
-                factors = orthogonalized(whole, self.steps, scale=scale, dtype=self.dtype)
-                for i, factor in zip(chosen, factors.unbind(), strict=True):
-                    results[i] = factor.reshape(vectors[i].shape)
+        for indices in together(vectors):
+            given = stacked([vectors[i] for i in indices])
+            scale = self.scale * math.sqrt(max(given.shape[1:]))
+            factors = orthogonalized(given, self.steps, scale=scale, dtype=self.dtype)
+            for i, factor in zip(indices, factors.unbind(), strict=True):
+                results[i] = factor.view(vectors[i].shape)
         return results
 
 
@@ -135,7 +116,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5, *, scale: float = 1.0, dtyp
     >>> orthogonalized(torch.tensor([[[3.0, 0.0], [0.0, -2.0]]])).diagonal(dim1=1, dim2=2).sign()
     tensor([[ 1., -1.]])
     """
-    x = _normalized(matrices).to(_product_type(matrices) if dtype is None else dtype)
+    x = _normalized(matrices).to(product_type(matrices) if dtype is None else dtype)
     x = _iterated(x[0], steps)[None] if x.shape[0] == 1 else _iterated_at_once(x, steps)
     return x.to(matrices.dtype).mul_(scale)
 
@@ -146,22 +127,6 @@ def _normalized(matrices: Tensor) -> Tensor:
     peak = matrices.abs().amax((-2, -1), keepdim=True)  # several times as fast as the norm of that name
     x = (matrices / peak.clamp_(min=tiny)).nan_to_num_(0.0)
     return x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=tiny))
-
-
-def _product_type(matrices: Tensor) -> torch.dtype:
-    """The type of products by default."""
-    if matrices.dtype == torch.float64:
-        return torch.float64
-    if matrices.device.type == "cpu" and not (min(matrices.shape[1:]) >= _LEAST and _multiplies_bfloat16()):
-        return matrices.dtype
-    return torch.bfloat16
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products in bfloat16 that PyTorch uses."""
-    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("avx512_bf16", False) or known.get("amx_bf16", False))
 
 
 def _iterated(x: Tensor, steps: int) -> Tensor:
