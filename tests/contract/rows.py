@@ -420,6 +420,7 @@ ROWS = (
     _nlcg("constant", 3, rule="constant", beta_max=0.5, lr=0.2),
     _nlcg("constant, no preconditioner", 1, rule="constant", beta_max=0.8, precond="none", lr=0.1),
     _nlcg("adam", 2, precond="adam", exempt=_SIGNS, **_ADAM),
+    _nlcg("adam nesterov", 2, precond="adam", nesterov=True, exempt=_SIGNS, **_ADAM),
     _nlcg("adam pr per tensor", 3, precond="adam", rule="pr", scope="tensor", exempt=_SIGNS, **_ADAM),
     _nlcg("orthogonal", 1, precond=Orthogonal(matrices=two_dimensional), **_ADAM),
     _nlcg(

@@ -727,3 +727,37 @@ def test_last_is_for_reading():
     assert optimizer.last["cosine"].item() == pytest.approx(1)
     assert optimizer.last["rho"].item() == pytest.approx(25)
     assert all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in optimizer.last.values())
+
+
+@pytest.mark.parametrize("options", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rule", "precond"), [("fr", "adam"), ("constant", "none"), ("pr", "orthogonal")])
+def test_nesterov_looks_ahead(rule, precond, options):
+    """The directions are those without it; the moves are along -P g + beta d."""
+    torch.manual_seed(0)
+    w, gradients = torch.randn(20, 20, dtype=torch.float64), torch.randn(5, 20, 20, dtype=torch.float64)
+    ways = []
+    for nesterov in (False, True):
+        p = torch.nn.Parameter(w.clone())
+        made = NLCG([p], lr=0.5, rule=rule, precond=precond, beta_max=0.75, nesterov=nesterov, **options)
+        moves = []
+        for g in gradients:
+            before, p.grad = p.detach().clone(), g.clone()
+            made.step()
+            moves.append((p.detach() - before) / 0.5)
+        ways.append((moves, made.state[p]["direction"].clone(), made.last["beta"].item()))
+    (directions, d, beta), (moves, other, same) = ways
+    assert beta == same
+    assert beta > 0.01 or rule == "pr"
+    torch.testing.assert_close(other, d)
+    minus_z = directions[-1] - beta * directions[-2]
+    torch.testing.assert_close(moves[-1], minus_z + beta * directions[-1])
+    torch.testing.assert_close(moves[0], directions[0])
+
+
+def test_nesterov_fits_neither_curvature_pairs_nor_line_searches():
+    w = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"nesterov.*DiagonalBFGS"):
+        NLCG([w], lr=0.1, precond="bfgs", nesterov=True)
+    for search in ("online", "step", "parabola"):
+        with pytest.raises(ValueError, match=rf"nesterov.*{search}"):
+            NLCG([w], lr=0.1, precond="adam", nesterov=True, line_search=search)

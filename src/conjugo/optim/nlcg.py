@@ -127,6 +127,8 @@ class NLCG(ScopedOptimizer):
         beta_max: upper limit of :math:`\beta`, in [0, 1].
         h0: first value of :math:`h`, above 0. Multiply it with whatever the loss is multiplied with.
         h_bounds: interval of :math:`h` in multiples of *h0*.
+        nesterov: move by :math:`\tau (-P g + \beta d)` with the new d, as with Nesterov's momentum, instead of
+            :math:`\tau d`. Not with preconditioners that learn from steps, nor with line searches.
         restart_on_ascent: restart with :math:`d = -P g` where the new direction would lead uphill.
         allow_missing: whether a parameter may be without gradient in one step and have one in the next; it then counts as
             zero. Parameters that never have a gradient are left alone in any case.
@@ -177,6 +179,7 @@ class NLCG(ScopedOptimizer):
         "line_search",
         "removal",
         "mode",
+        "nesterov",
         "restart_on_ascent",
         "allow_missing",
         "sync_scalars",
@@ -208,6 +211,7 @@ class NLCG(ScopedOptimizer):
         beta_max: float = 1.0,
         h0: float = 1.0,
         h_bounds: tuple[float, float] = (1e-6, 1e6),
+        nesterov: bool = False,
         restart_on_ascent: bool = False,
         allow_missing: bool = False,
         process_group: Any = None,
@@ -231,6 +235,9 @@ class NLCG(ScopedOptimizer):
             kind = type(self.line_search).__name__
             check(scope == "global", "NLCG", "scope", scope, f"'global' with line_search={kind}")
             check(not fused, "NLCG", "fused", fused, f"False or None with line_search={kind}")
+        searches = isinstance(self.line_search, LineSearch | ProbedStep)
+        check(not (nesterov and searches), "NLCG", "nesterov", nesterov, f"False with line_search={line_search!r}")
+        self.nesterov = nesterov
         self.removal = removal or ("previous" if mode == "exact" else "current")
         # A parabola along a direction that leads uphill has its minimum behind.
         self.restart_on_ascent = restart_on_ascent or isinstance(self.line_search, Parabola)
@@ -266,6 +273,8 @@ class NLCG(ScopedOptimizer):
                 precond,
                 f"the same as in other groups where curvature is measured, {others[0]}",
             )
+        learns = f"False with {type(precond).__name__}, which learns from steps along d"
+        check(not (self.nesterov and precond.learns_from_steps), "NLCG", "nesterov", True, learns)
         self.preconds.append(precond)
         try:
             super().add_param_group(param_group)
@@ -663,6 +672,8 @@ class NLCG(ScopedOptimizer):
         else:
             verdict = self._decide(columns, lr=lr, square=rho, loss=value)
             along, undo = self._lengths(verdict, tau)
+            if self.nesterov:  # -z + beta d = (1 + beta) d - beta d'
+                along, undo = (1 + beta) * along, -beta * along
             move = Move(beta, along, undo, self._keep(lr))
             gd, dd = passes.move(move if passes.on_host else _nothing_unless(finite, move)).T
         self._share_out()
