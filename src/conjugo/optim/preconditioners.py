@@ -110,6 +110,7 @@ class Preconditioner(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no model of the Hessian to multiply with")
 
 
+@dataclass(frozen=True)
 class Identity(Preconditioner):
     """P = 1."""
 
