@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -304,3 +305,297 @@ def test_passes_are_counted():
     for _ in range(3):
         take_step(model, subspace, x, y, F.cross_entropy)
     assert subspace.passes == pytest.approx(3 + 5 * 0.25 * 2 / 3)
+
+
+OPTIONS = {
+    "weight decay": {"weight_decay": 0.3},
+    "a scaled gradient": {"grad_scale": 0.25},
+    "LARS": {"lars": 0.01},
+    "lists of tensors": {"foreach": True},
+    "all of it": {"weight_decay": 0.3, "grad_scale": 0.25, "lars": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_the_method_does_to_gradients_does_not_move_the_minimum(name):
+    """The lowest loss along the direction, with the weight decay in it, whatever the gradients are multiplied by."""
+    model, x, y = least_squares()
+    optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=Parabola(growth=1e9), **OPTIONS[name])
+    for _ in range(3):
+        take_step(model, optimizer, x, y)
+        direction, decay = optimizer.state[model.weight]["direction"], OPTIONS[name].get("weight_decay", 0.0)
+        (slope,) = torch.autograd.grad(F.mse_loss(model(x), y) + decay / 2 * model.weight.square().sum(), model.weight)
+        assert abs(float((slope * direction).sum())) < 1e-3 * float(slope.norm() * direction.norm())
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "nothing"])
+def test_the_plane_knows_the_weight_decay(name):
+    """The first step is the minimum of loss and decay along -z, whatever the gradients are multiplied by."""
+    options = OPTIONS.get(name, {})
+    model, x, y = least_squares()
+    rule = Subspace(fraction=1.0, damping=0.0, mu_max=math.inf)
+    optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=rule, **options)
+    decay = options.get("weight_decay", 0.0)
+    last = torch.zeros(1, 6, dtype=F64)
+    for _ in range(2):
+        before = model.weight.detach().clone()
+        take_step(model, optimizer, x, y)
+        update = model.weight.detach() - before
+        (slope,) = torch.autograd.grad(F.mse_loss(model(x), y) + decay / 2 * model.weight.square().sum(), model.weight)
+        scale = float(slope.norm() * update.norm())
+        assert abs(float((slope * update).sum())) < 1e-9 * scale
+        # The last update is in the plane, too.
+        assert abs(float((slope * last).sum())) <= 1e-9 * float(slope.norm() * last.norm())
+        last = update
+
+
+@pytest.mark.parametrize("line_search", ["parabola", "subspace"])
+def test_ascent_is_descent_of_the_negative_loss(line_search):
+    def loss_of(sign):
+        return lambda outputs, targets: sign * F.mse_loss(outputs, targets)
+
+    weights = []
+    for sign, maximize in ((1, False), (-1, True)):
+        torch.manual_seed(0)
+        model, x, y = least_squares()
+        optimizer = NLCG(
+            model.parameters(),
+            lr=1.0,
+            precond="none",
+            line_search=line_search,
+            maximize=maximize,
+            weight_decay=0.1,
+        )
+        for _ in range(3):
+            take_step(model, optimizer, x, y, loss_of(sign))
+        weights.append(model.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_groups_agree_about_the_direction():
+    model, (x, y) = small_model(), small_data()
+    groups = [{"params": model[0].parameters(), "maximize": True}, {"params": model[3].parameters()}]
+    optimizer = NLCG(groups, lr=1.0, line_search="parabola")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="NLCG: maximize must be the same in all groups with line_search=Parabola"):
+        take_step(model, optimizer, x, y, F.cross_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_decoupled_decay_goes_by_the_step():
+    model, x, y = least_squares()
+    optimizer = NLCG(
+        model.parameters(), lr=1.0, precond="none", line_search="parabola", weight_decay=0.1, decoupled=True
+    )
+    before = model.weight.detach().clone()
+    take_step(model, optimizer, x, y)
+    length = float(optimizer.last["step_size"])
+    assert length != 1.0
+    expected = (1 - 0.1 * length) * before + length * optimizer.state[model.weight]["direction"]
+    assert torch.allclose(model.weight, expected, rtol=1e-12)
+
+
+class Complex(nn.Module):
+    """Least squares in complex numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 1, dtype=torch.complex128))
+
+    def forward(self, x):
+        return torch.view_as_real(x @ self.w)
+
+
+@pytest.mark.parametrize("line_search", [Parabola(growth=1e9), Subspace(fraction=1.0, damping=0.0, mu_max=math.inf)])
+def test_complex_parameters(line_search):
+    torch.manual_seed(0)
+    model, x, y = Complex(), torch.randn(50, 3, dtype=torch.complex128), torch.randn(50, 1, 2, dtype=F64)
+    optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=line_search)
+    for _ in range(20):
+        take_step(model, optimizer, x, y)
+    exact = torch.linalg.lstsq(x, torch.view_as_complex(y)).solution
+    assert torch.allclose(model.w, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("line_search", ["parabola", "subspace"])
+def test_bfloat16_parameters(line_search):
+    model, (x, y) = small_model().bfloat16(), small_data()
+    optimizer = NLCG(model.parameters(), lr=1.0, precond="adam", beta_max=0.9, line_search=line_search)
+
+    def loss_fn(outputs, targets):
+        return F.cross_entropy(outputs.float(), targets)
+
+    losses = [take_step(model, optimizer, x.bfloat16(), y, loss_fn) for _ in range(20)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("line_search", ["parabola", "subspace"])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_changes_nothing(line_search, where):
+    model, (x, y) = small_model(norm=True), small_data()
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search=line_search)
+    for _ in range(2):
+        take_step(model, optimizer, x, y, F.cross_entropy)
+    optimizer.observe_batch(model, F.cross_entropy, x, y)
+    if where == "gradient":
+        model[0].weight.grad[0, 0] = math.nan
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    passes = optimizer.passes
+    optimizer.step(loss=math.nan if where == "loss" else 1.0)
+    assert (optimizer.skipped_steps, optimizer.passes) == (1, passes + 1)
+    after = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    for state in (before, after):
+        for values in state[1].values():
+            values["scalars"][-1] = 0.0
+    for old, new in zip(torch.utils._pytree.tree_leaves(before), torch.utils._pytree.tree_leaves(after), strict=True):
+        assert torch.equal(old, new)
+    with pytest.raises(RuntimeError, match="needs the batch"):  # that one is gone
+        optimizer.step(loss=1.0)
+
+
+def test_where_no_trial_is_finite_the_parameters_stay():
+    model, (x, y) = small_model(), small_data()
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search=Parabola(tries=3))
+    before = copy.deepcopy(model.state_dict())
+    F.cross_entropy(model(x), y).backward()
+    optimizer.observe_batch(model, lambda outputs, targets: outputs.sum() * math.inf, x, y)
+    optimizer.step(loss=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert optimizer.passes == 2
+
+
+@pytest.mark.parametrize("line_search", ["parabola", "subspace"])
+def test_an_error_in_the_loss_leaves_the_parameters(line_search):
+    model, (x, y) = small_model(norm=True, dropout=0.5), small_data()
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search=line_search)
+    F.cross_entropy(model(x), y).backward()
+
+    def fails(outputs, targets):
+        raise KeyError("no loss")
+
+    optimizer.observe_batch(model, fails, x, y)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(KeyError, match="no loss"):
+        optimizer.step(loss=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("line_search", ["parabola", "subspace"])
+@pytest.mark.parametrize("precond", ["bfgs", "adam", "kron"])
+def test_a_run_goes_on_bit_for_bit(line_search, precond):
+    def make(model):
+        return NLCG(model.parameters(), lr=1.0, precond=precond, line_search=line_search, beta_max=0.9)
+
+    model, (x, y) = small_model(norm=True), small_data()
+    optimizer = make(model)
+    for _ in range(4):
+        take_step(model, optimizer, x, y, F.cross_entropy)
+    other = copy.deepcopy(model)
+    resumed = make(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.passes == optimizer.passes > 4
+    for _ in range(4):
+        take_step(model, optimizer, x, y, F.cross_entropy)
+        take_step(other, resumed, x, y, F.cross_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert resumed.passes == optimizer.passes
+
+
+@pytest.mark.parametrize(
+    "line_search", [Parabola(), Subspace(fraction=0.5), Subspace(fraction=0.75), Subspace(fraction=1.0)]
+)
+def test_micro_batches_are_the_whole_batch(line_search):
+    """Uneven ones, made when they are wanted; the part of the examples is that of the whole."""
+    x, y = small_data()
+    weights = []
+    for cuts in ([0, 32], [0, 16, 32], [0, 8, 18, 32]):
+        model = small_model().to(F64)
+        optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=line_search)
+        for _ in range(4):
+            for a, b in pairwise(cuts):
+                make = partial(lambda a, b: (x[a:b].to(F64), y[a:b]), a, b)
+                optimizer.observe_batch(model, F.cross_entropy, make, weight=b - a)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x.to(F64)), y)
+            loss.backward()
+            optimizer.step(loss=loss.detach())
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    for other in weights[1:]:
+        assert torch.allclose(other, weights[0], rtol=1e-6)
+
+
+def test_a_closure_gives_gradients_and_loss():
+    model, (x, y) = small_model(), small_data()
+    other = copy.deepcopy(model)
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search="parabola")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.observe_batch(model, F.cross_entropy, x, y)
+    optimizer.step(closure)
+    take_step(other, NLCG(other.parameters(), lr=1.0, line_search="parabola"), x, y, F.cross_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Clamped(torch.autograd.Function):
+    """An operation with a backward pass of its own, and no forward derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_what_cannot_be_done_is_said():
+    model, (x, y) = small_model(), small_data()
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search="parabola")
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"NLCG: line_search=Parabola needs the batch .* call observe_batch\(model"):
+        optimizer.step(loss=1.0)
+    with pytest.raises(ValueError, match=r"NLCG: model must be a model with all .*, got 'one without .*\[2, 3\]'"):
+        optimizer.observe_batch(model[0], F.cross_entropy, x, y)
+    with pytest.raises(ValueError, match=r"NLCG: weight must be in \[0, inf\), got -1"):
+        optimizer.observe_batch(model, F.cross_entropy, x, y, weight=-1)
+    with pytest.raises(ValueError, match=r"line_search=Parabola\(.*needs the loss of each step"):
+        optimizer.step()
+    optimizer.observe_batch(model, partial(F.cross_entropy, reduction="none"), x, y)
+    with pytest.raises(ValueError, match=r"NLCG: the loss of the batch must be a number: its mean, got \(32,\)"):
+        optimizer.step(loss=1.0)
+    plain = NLCG(model.parameters())
+    assert not plain.needs_batch
+    with pytest.raises(ValueError, match="NLCG: line_search must be 'parabola' or 'subspace' to observe batches"):
+        plain.observe_batch(model, F.cross_entropy, x, y)
+    with pytest.raises(ValueError, match="NLCG: shard_state must be False with line_search=Subspace, got True"):
+        NLCG(model.parameters(), line_search="subspace", shard_state=True)
+
+
+def test_layers_without_forward_derivative_are_named():
+    class Own(nn.Module):
+        def forward(self, x):
+            return Clamped.apply(x)
+
+    model, (x, y) = nn.Sequential(nn.Linear(5, 3), Own()), small_data()
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search="subspace")
+    with pytest.raises(
+        RuntimeError, match="NLCG: line_search=Subspace needs forward derivatives of all layers: You must"
+    ):
+        take_step(model, optimizer, x, y, F.cross_entropy)
+
+
+@pytest.mark.parametrize("line_search", ["parabola", Subspace(fraction=1.0)])
+def test_attention_with_dropout(line_search):
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 4, 16), torch.randint(0, 16, (16,))
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 16))
+    optimizer = NLCG(model.parameters(), lr=1.0, precond="adam", beta_max=0.9, line_search=line_search)
+    losses = [take_step(model, optimizer, x, y, F.cross_entropy) for _ in range(6)]
+    assert losses[-1] < 0.5 * losses[0]
