@@ -206,7 +206,6 @@ _DIGITS = {
 }
 # Contenders run in this order.
 _LARGER = {
-    "nesterov": -1,
     "adamw": -6,
     "muon": -5,
     "soap": -6,
@@ -214,6 +213,7 @@ _LARGER = {
     "orthogonal-constant": -7,
     "kron-fr": -7,
     "kron-constant": -8,
+    "nesterov": -1,
     "lamb": -5,
 }
 
@@ -259,7 +259,7 @@ def cpu_plan() -> FrontierPlan:
         ),
         "shakespeare-transformer": Setting(
             title="Characters of Shakespeare, transformer of two layers, 512 sequences of 16, 60 steps",
-            contenders={**_LARGER, "nesterov": 0},
+            contenders=_LARGER | {"nesterov": 0},
             batch_size=512,
             steps=60,
             tuning_seeds=1,
