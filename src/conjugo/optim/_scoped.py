@@ -314,7 +314,7 @@ class ScopedOptimizer(Optimizer):
         table[self._rows, -2] = namespace(table).where(table[self._rows, 0] == 0, squares, old)
 
     def _blocks(self, group: Group, params: list[Tensor]) -> Iterable[Block]:
-        """Runs of neighbouring *params* with one type, which have copies on the same ranks: the same runs on all ranks."""
+        """Runs of neighbouring *params* with one type, the same runs on all ranks."""
         foreach = self.foreach if self.foreach is not None else params[0].device.type != "cpu"
 
         def block(run: list[Tensor]) -> Block:
@@ -322,9 +322,10 @@ class ScopedOptimizer(Optimizer):
             return Block(group, run, states, foreach, self._space.local, space=self._space, common=self._common)
 
         def copies(p: Tensor) -> object:
+            """Where lists are added up as a whole, all of them must count on the same ranks."""
             if is_dtensor(p):
-                return p.device_mesh, [q.is_replicate() for q in p.placements]
-            return self._space.slices is not None and p.ndim > 0
+                return foreach and (p.device_mesh, [q.is_replicate() for q in p.placements])
+            return foreach and self._space.slices is not None and p.ndim > 0
 
         run: list[Tensor] = []
         for p in params:
