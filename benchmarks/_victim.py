@@ -18,7 +18,7 @@ folder, steps = Path(sys.argv[1]), 60
 env = init(timeout=30)
 joined = time.time()
 model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])
-optimizer = NLCG(model.parameters(), lr=1e-3)
+optimizer = NLCG(model.parameters(), lr=1e-3, precond="bfgs")
 wrapped = nn.parallel.DistributedDataParallel(model)
 checkpoints = Checkpointer(folder / "checkpoints", keep=1)
 start = checkpoints.load_latest(model=model, optimizer=optimizer) or 0

@@ -38,7 +38,7 @@ def main() -> None:
 
 def _measure() -> tuple[dict[str, list[float]], dict[str, list[float]], int]:
     model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(10)])
-    optimizer = NLCG(model.parameters())
+    optimizer = NLCG(model.parameters(), precond="bfgs")
     folder = [tempfile.mkdtemp(prefix="benchmark-") if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder)
     root = Path(folder[0])

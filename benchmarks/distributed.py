@@ -27,10 +27,10 @@ ROUNDS = 12
 CASES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD momentum, fused": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, fused=True),
     "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-    "NLCG": lambda p: NLCG(p, lr=1e-3),
-    "NLCG, online line search": lambda p: NLCG(p, lr=1e-3, line_search="online"),
+    "NLCG": lambda p: NLCG(p, lr=1e-3, precond="bfgs"),
+    "NLCG, online line search": lambda p: NLCG(p, lr=1e-3, line_search="online", precond="bfgs"),
     "NLCG without preconditioner": lambda p: NLCG(p, lr=1e-3, precond="none"),
-    "NLCG, shard_state": lambda p: NLCG(p, lr=1e-3, shard_state=True),
+    "NLCG, shard_state": lambda p: NLCG(p, lr=1e-3, shard_state=True, precond="bfgs"),
 }
 
 

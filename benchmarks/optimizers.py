@@ -17,10 +17,10 @@ from conjugo.training import models
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 OURS: dict[str, tuple[Factory, str]] = {
-    "NLCG, FR + BFGS": (lambda p: NLCG(p, lr=1e-3), "AdamW, fused"),
+    "NLCG, FR + BFGS": (lambda p: NLCG(p, lr=1e-3, precond="bfgs"), "AdamW, fused"),
     "NLCG, FR": (lambda p: NLCG(p, lr=1e-3, precond="none"), "SGD momentum, fused"),
-    "NLCG, PR + BFGS": (lambda p: NLCG(p, lr=1e-3, rule="pr"), "AdamW, fused"),
-    "NLCG, FR + BFGS, PyTorch path": (lambda p: NLCG(p, lr=1e-3, fused=False), "AdamW, foreach"),
+    "NLCG, PR + BFGS": (lambda p: NLCG(p, lr=1e-3, rule="pr", precond="bfgs"), "AdamW, fused"),
+    "NLCG, FR + BFGS, PyTorch path": (lambda p: NLCG(p, lr=1e-3, fused=False, precond="bfgs"), "AdamW, foreach"),
     "FRSGD": (lambda p: FRSGD(p, lr=1e-3), "SGD momentum, fused"),
     "AdaGradNorm": (lambda p: AdaGradNorm(p), "SGD, foreach"),
     "AdaGradNorm, momentum": (lambda p: AdaGradNorm(p, momentum=0.9), "SGD momentum, fused"),

@@ -28,7 +28,7 @@ def network():
 
 
 OPTIMIZERS = {
-    "nlcg": lambda params: NLCG(params, lr=0.1, rule="pr"),
+    "nlcg": lambda params: NLCG(params, lr=0.1, rule="pr", precond="bfgs"),
     "lamb": lambda params: LAMB(params, lr=0.01),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
     "sgd": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
@@ -52,7 +52,11 @@ class Run:
         half = list(model.parameters())
         sliced = layout == "ddp" and optimizer == "nlcg"
         groups = [{"params": half[:3]}, {"params": half[3:], "weight_decay": 0.1}]
-        self.optimizer = NLCG(groups, lr=0.1, rule="pr", shard_state=True) if sliced else OPTIMIZERS[optimizer](groups)
+        self.optimizer = (
+            NLCG(groups, lr=0.1, rule="pr", shard_state=True, precond="bfgs")
+            if sliced
+            else OPTIMIZERS[optimizer](groups)
+        )
         self.schedule = WarmupCosine(self.optimizer, 2, 20)
         self.sampler = GlobalBatchSampler(32, 8, seed=1)
         self.progress = {"step": 0, "losses": []}
@@ -196,13 +200,13 @@ def test_parameters_are_found_by_name(tmp_path):
     """Their order in the groups may differ; without the model they go by number."""
     model = network()
     names = dict(model.named_parameters())
-    optimizer = NLCG(list(names.values()), lr=0.1)
+    optimizer = NLCG(list(names.values()), lr=0.1, precond="bfgs")
     model(torch.ones(4, 6) * torch.arange(4)[:, None]).square().mean().backward()
     optimizer.step()
     Checkpointer(tmp_path / "named").save(1, model=model, optimizer=optimizer)
     other = network()
     reverse = dict(reversed(list(other.named_parameters())))
-    turned = NLCG(list(reverse.values()), lr=0.1)
+    turned = NLCG(list(reverse.values()), lr=0.1, precond="bfgs")
     Checkpointer(tmp_path / "named").load_latest(model=other, optimizer=turned)
     for name, p in names.items():
         assert same(dict(optimizer.state[p]), dict(turned.state[reverse[name]]))
@@ -269,7 +273,7 @@ def bad_calls(root, call):
         elif call == "keys":
             checkpoints.load_latest(progress=run.progress, model=network()[:3])
         elif call == "groups":
-            checkpoints.load_latest(model=run.model, optimizer=NLCG(run.model.parameters()))
+            checkpoints.load_latest(model=run.model, optimizer=NLCG(run.model.parameters(), precond="bfgs"))
         elif call == "kind of optimizer":
             checkpoints.load_latest(model=run.model, optimizer=LAMB(run.optimizer.param_groups))
         elif call == "number":

@@ -29,7 +29,7 @@ from conjugo.optim import NLCG
 
 def objects(value):
     model = nn.Linear(40, 9)
-    optimizer = NLCG(model.parameters())
+    optimizer = NLCG(model.parameters(), precond="bfgs")
     with torch.no_grad():
         for t in [*model.parameters(), *(t for p in model.parameters() for t in optimizer.state[p].values())]:
             t.fill_(value)

@@ -252,7 +252,7 @@ def test_state_moves_between_layouts(layout):
 
 def state_sizes():
     params = [nn.Parameter(torch.ones(8, 6)), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(()))]
-    optimizer = NLCG(params, shard_state=True)
+    optimizer = NLCG(params, shard_state=True, precond="bfgs")
     return [sum(to_local(t).numel() for n, t in optimizer.state[p].items() if n != "scalars") for p in params]
 
 
@@ -268,7 +268,7 @@ def touched_by_torch():
     """What torch does to a fresh optimizer in order to learn the layout of its state."""
     model = nn.Linear(4, 5)
     fully_shard(model)
-    optimizer = NLCG(model.parameters(), lr=1.0, line_search="online")
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search="online", precond="bfgs")
     before = entire(model.parameters())
     state = get_optimizer_state_dict(model, optimizer)["state"]
     same = all(torch.equal(a, b) for a, b in zip(before, entire(model.parameters()), strict=True))
@@ -286,7 +286,7 @@ def different_parameters(when):
     if when == "construction" and dist.get_rank() == 1:
         params[1] = nn.Parameter(torch.ones(4))
     try:
-        optimizer = NLCG(params)
+        optimizer = NLCG(params, precond="bfgs")
         for p in params if dist.get_rank() == 0 else params[:1]:
             p.grad = torch.ones_like(p)
         optimizer.step()

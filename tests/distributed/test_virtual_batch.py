@@ -196,7 +196,7 @@ def line_search():
     counts = []
     for seed in range(100):
         model = DistributedDataParallel(network())
-        optimizer = NLCG(model.parameters(), lr=2.0, line_search="online")
+        optimizer = NLCG(model.parameters(), lr=2.0, line_search="online", precond="bfgs")
         for step in range(3):
             closure = closure_of(model, 6, 2, seed=1000 * seed + step)
             optimizer.step(closure)

@@ -609,7 +609,7 @@ def test_bad_calls_are_refused_before_anything_changes():
         p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match=r"Hutchinson needs .*backward\(create_graph=True\)"):
         optimizer.step()
-    plain = NLCG(network().parameters())
+    plain = NLCG(network().parameters(), precond="bfgs")
     assert not plain.needs_curvature
     for call in (lambda: plain.observe([]), lambda: plain.skipped_estimates):
         with pytest.raises(ValueError, match="NLCG: precond must be 'hutchinson', 'gauss-newton'"):

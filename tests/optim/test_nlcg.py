@@ -180,7 +180,7 @@ def test_fast_paths_follow_the_plain_one_in_float32(implementation, precond, opt
 def test_kernels_give_the_same_with_any_number_of_threads():
     def run(threads):
         w = torch.nn.Parameter(torch.randn(700_000, generator=torch.Generator().manual_seed(9)))
-        optimizer = NLCG([w], lr=0.1)
+        optimizer = NLCG([w], lr=0.1, precond="bfgs")
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -203,7 +203,7 @@ def test_kernels_take_gradients_of_another_layout():
         w = torch.nn.Parameter(torch.ones(8, 3, 5, 5))
         if channels_last:
             w = torch.nn.Parameter(w.detach().to(memory_format=torch.channels_last))
-        optimizer = NLCG([w], lr=0.1, fused=fused)
+        optimizer = NLCG([w], lr=0.1, fused=fused, precond="bfgs")
         for i in range(3):
             w.grad = torch.arange(600.0).reshape(8, 3, 5, 5) * (i + 1) / 600
             optimizer.step()
@@ -224,7 +224,7 @@ def test_sums_over_millions_of_float32_values_are_right(implementation):
 def test_kernels_bump_the_version_of_parameters():
     """Autograd must notice that a saved parameter was changed in place."""
     w = torch.nn.Parameter(torch.ones(3))
-    optimizer = NLCG([w], lr=0.1, fused=True)
+    optimizer = NLCG([w], lr=0.1, fused=True, precond="bfgs")
     loss = (w * w).sum()
     w.grad = torch.ones(3)
     optimizer.step()
@@ -234,7 +234,7 @@ def test_kernels_bump_the_version_of_parameters():
 
 def test_parameters_whose_memory_was_exchanged_are_followed():
     w, v = parameter([1.0, 2.0]), parameter([1.0, 2.0])
-    mine, other = NLCG([w], lr=0.1), NLCG([v], lr=0.1)
+    mine, other = NLCG([w], lr=0.1, precond="bfgs"), NLCG([v], lr=0.1, precond="bfgs")
     for i in range(4):
         w.data = w.data.clone() if i == 2 else w.data
         for p, optimizer in ((w, mine), (v, other)):
@@ -246,7 +246,9 @@ def test_parameters_whose_memory_was_exchanged_are_followed():
 # ---- limits and invariants ----
 
 
-@pytest.mark.parametrize("options", [{}, {"precond": "none"}, {"rule": "pr"}, {"mode": "reference"}])
+@pytest.mark.parametrize(
+    "options", [{"precond": "bfgs"}, {"precond": "none"}, {"rule": "pr", "precond": "bfgs"}, {"mode": "reference"}]
+)
 def test_first_step_is_a_gradient_step(options):
     w = parameter([1.0, -2.0])
     feed(NLCG([w], lr=0.25, **options), w, [(4.0, 8.0)])
@@ -275,7 +277,7 @@ def test_constant_gradient_norm_is_heavy_ball_without_damping():
 @pytest.mark.parametrize(("mode", "tolerance"), [("exact", 1e-12), ("reference", 1e-6)])
 def test_curvature_of_one_parameter_is_found_at_once(mode, tolerance):
     w = parameter([2.0])
-    optimizer = NLCG([w], lr=0.1, mode=mode)
+    optimizer = NLCG([w], lr=0.1, mode=mode, precond="bfgs")
     for _ in range(2):
         w.grad = 3 * w.detach()
         optimizer.step()
@@ -285,7 +287,7 @@ def test_curvature_of_one_parameter_is_found_at_once(mode, tolerance):
 def test_diagonal_hessian_is_a_fixed_point():
     a = torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64)
     w = parameter([1.0, -1.0, 2.0])
-    optimizer = NLCG([w], lr=0.1)
+    optimizer = NLCG([w], lr=0.1, precond="bfgs")
     state = optimizer.state_dict()
     state["state"][0]["h"] = a.clone()
     optimizer.load_state_dict(state)
@@ -301,7 +303,7 @@ def test_diagonal_hessian_is_a_fixed_point():
 def test_beta_and_h_stay_in_their_ranges(mode, rule):
     rng = np.random.default_rng(0)
     w = parameter(np.zeros(30))
-    optimizer = NLCG([w], lr=0.3, mode=mode, rule=rule)
+    optimizer = NLCG([w], lr=0.3, mode=mode, rule=rule, precond="bfgs")
     gradients = rng.standard_normal((60, 30)) * np.geomspace(1e-3, 1e3, 60)[:, None]
     for g in gradients:
         seen = feed(optimizer, w, [g])[0]
@@ -313,7 +315,7 @@ def test_beta_and_h_stay_in_their_ranges(mode, rule):
 def test_scaling_the_loss_and_h0_changes_nothing():
     def run(scale):
         w = parameter(np.linspace(-1, 1, 12))
-        optimizer = NLCG([w], lr=0.0, h0=scale)
+        optimizer = NLCG([w], lr=0.0, h0=scale, precond="bfgs")
         a = torch.from_numpy(np.geomspace(0.5, 20, 12))
         for t in range(30):
             optimizer.param_groups[0]["lr"] = 0.05 * (1 + t % 7)
@@ -330,7 +332,7 @@ def test_pr_is_fr_when_successive_gradients_are_orthogonal():
     directions = []
     for rule in ("fr", "pr"):
         w = parameter([0.0, 0.0])
-        optimizer = NLCG([w], lr=0.1, rule=rule)
+        optimizer = NLCG([w], lr=0.1, rule=rule, precond="bfgs")
         feed(optimizer, w, [(1.0, 0.0), (0.0, 2.0)])
         directions.append(optimizer.state[w]["direction"].tolist())
     assert directions[0] == directions[1]
@@ -348,7 +350,7 @@ def test_zero_gradient_moves_nothing(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_converged_problem_stays_finite(implementation):
     w = parameter([1.0, 1.0])
-    optimizer = NLCG([w], lr=0.4, **implementation)
+    optimizer = NLCG([w], lr=0.4, precond="bfgs", **implementation)
     for _ in range(400):
         w.grad = torch.tensor([1.0, 3.0], dtype=torch.float64) * w.detach()
         optimizer.step()
@@ -363,7 +365,7 @@ def test_scope(scope, grouped):
 
     def run(sizes, scope, grouped=False):
         pieces = [parameter(np.zeros(n)) for n in sizes]
-        optimizer = NLCG([{"params": [p]} for p in pieces] if grouped else pieces, lr=0.1, scope=scope)
+        optimizer = NLCG([{"params": [p]} for p in pieces] if grouped else pieces, lr=0.1, scope=scope, precond="bfgs")
         for g in gradients:
             for p, part in zip(pieces, g.split(sizes)):
                 p.grad = part.clone()
@@ -373,7 +375,7 @@ def test_scope(scope, grouped):
     apart = []
     for part in (slice(0, 1), slice(1, 4)):
         w = parameter(np.zeros(len(gradients[0][part])))
-        feed(NLCG([w], lr=0.1), w, gradients[:, part])
+        feed(NLCG([w], lr=0.1, precond="bfgs"), w, gradients[:, part])
         apart.append(w.detach())
     separate = scope == "tensor" or (scope == "group" and grouped)
     expected = torch.cat(apart) if separate else run([4], "global")
@@ -384,7 +386,7 @@ def test_split_invariance_in_float32():
     def run(sizes, groups):
         a = torch.logspace(-1, 1.3, 120)
         pieces = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
-        optimizer = NLCG([{"params": pieces[i::groups]} for i in range(groups)], lr=0.02)
+        optimizer = NLCG([{"params": pieces[i::groups]} for i in range(groups)], lr=0.02, precond="bfgs")
         for _ in range(50):
             w = torch.cat([p.detach() for p in pieces])
             for p, g in zip(pieces, (a * w + 0.1 * w**3).split(sizes)):
@@ -401,7 +403,7 @@ def test_split_invariance_in_float32():
 def test_secant_pair_uses_the_step_that_was_taken(mode, found):
     """After the learning rate drops tenfold, "exact" finds the true curvature 3; the reference is off by the ratio."""
     w = parameter([1.0])
-    optimizer = NLCG([w], lr=0.1, mode=mode)
+    optimizer = NLCG([w], lr=0.1, mode=mode, precond="bfgs")
     feed(optimizer, w, [3 * w.detach()])
     optimizer.param_groups[0]["lr"] = 0.01
     feed(optimizer, w, [3 * w.detach()])
@@ -445,7 +447,9 @@ def test_line_search_saves_a_run_with_a_learning_rate_that_is_too_large(line_sea
     x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
     torch.manual_seed(4)
     model = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 10))
-    optimizer = NLCG(model.parameters(), lr=4.0, mode="reference", line_search=line_search, removal=removal)
+    optimizer = NLCG(
+        model.parameters(), lr=4.0, mode="reference", line_search=line_search, removal=removal, precond="bfgs"
+    )
     for _ in range(100):
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x), y)
@@ -456,7 +460,7 @@ def test_line_search_saves_a_run_with_a_learning_rate_that_is_too_large(line_sea
 
 def test_line_search_needs_a_loss():
     w = parameter([1.0])
-    optimizer = NLCG([w], line_search="online")
+    optimizer = NLCG([w], line_search="online", precond="bfgs")
     w.grad = torch.ones_like(w)
     with pytest.raises(ValueError, match=r"step\(closure\).*step\(loss=loss\)"):
         optimizer.step()
@@ -469,7 +473,7 @@ def test_line_search_needs_a_loss():
 
 def test_no_curvature_update_after_a_step_that_was_partly_taken_back():
     w = parameter([1.0, 1.0])
-    optimizer = NLCG([w], lr=0.1, line_search="online")
+    optimizer = NLCG([w], lr=0.1, line_search="online", precond="bfgs")
     feed(optimizer, w, [(1.0, 2.0), (0.5, 1.0)], [1.0, 9.0])
     before = optimizer.state[w]["h"].clone()
     feed(optimizer, w, [(0.3, 0.7)], [1.0])
@@ -485,7 +489,7 @@ def test_lars_scale_formula():
     norms = (torch.tensor(value, dtype=torch.float64) for value in (2.0, 0.5))
     assert lars_scale(*norms, 0.001).item() == pytest.approx(0.00399840056, rel=1e-8)
     w = parameter([[2.0, 0.0]])
-    feed(NLCG([w], lr=1.0, lars=0.001), w, [[[0.3, 0.4]]])
+    feed(NLCG([w], lr=1.0, lars=0.001, precond="bfgs"), w, [[[0.3, 0.4]]])
     expected = torch.tensor([[2 - 0.00399840056 * 0.3, -0.00399840056 * 0.4]], dtype=torch.float64)
     torch.testing.assert_close(w.detach(), expected, rtol=1e-8, atol=1e-12)
 
@@ -493,7 +497,7 @@ def test_lars_scale_formula():
 @pytest.mark.parametrize(("mode", "moved"), [("exact", 0.01), ("reference", 0.0)])
 def test_lars_moves_vectors_and_zeros_in_exact_mode_only(mode, moved):
     weight, bias = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
-    optimizer = NLCG([weight, bias], lr=1.0, lars=0.01, mode=mode)
+    optimizer = NLCG([weight, bias], lr=1.0, lars=0.01, mode=mode, precond="bfgs")
     for p in (weight, bias):
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -506,7 +510,7 @@ def test_gradient_scales_by_layer():
     model = torch.nn.Sequential(*layers)
     assert batch_norm_scales(model) == [1, 1, 0.01, 0.01, 1, 1]
     assert depth_scales(model) == pytest.approx([0.1 + 0.9 * i / 6 for i in range(6)])
-    optimizer = NLCG(model.parameters(), lr=1.0, grad_scale=depth_scales(model))
+    optimizer = NLCG(model.parameters(), lr=1.0, grad_scale=depth_scales(model), precond="bfgs")
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -537,7 +541,7 @@ def test_groups_have_their_own_learning_rates():
 
 def test_parameters_added_later_begin_with_a_gradient_step_and_disturb_nobody():
     old, new, twin = parameter([1.0, 1.0]), parameter([1.0]), parameter([1.0, 1.0])
-    optimizer, alone = NLCG([old], lr=0.1), NLCG([twin], lr=0.1)
+    optimizer, alone = NLCG([old], lr=0.1, precond="bfgs"), NLCG([twin], lr=0.1, precond="bfgs")
     for w, o in ((old, optimizer), (twin, alone)):
         feed(o, w, [(1.0, 2.0), (0.5, 1.5)])
     optimizer.add_param_group({"params": [new]})
@@ -586,7 +590,10 @@ def test_a_step_that_is_not_finite_changes_nothing(implementation, bad, options)
 
 def test_parameters_that_never_have_a_gradient_are_left_alone():
     used, unused, alone = parameter([1.0]), parameter([5.0]), parameter([1.0])
-    optimizer, other = NLCG([unused, used], lr=0.1, weight_decay=0.1), NLCG([alone], lr=0.1, weight_decay=0.1)
+    optimizer, other = (
+        NLCG([unused, used], lr=0.1, weight_decay=0.1, precond="bfgs"),
+        NLCG([alone], lr=0.1, weight_decay=0.1, precond="bfgs"),
+    )
     for _ in range(3):
         feed(optimizer, used, [used.detach()])
         feed(other, alone, [alone.detach()])
@@ -597,7 +604,7 @@ def test_parameters_that_never_have_a_gradient_are_left_alone():
 
 def test_a_changed_set_of_gradients_is_refused():
     a, b = parameter([1.0]), parameter([1.0])
-    optimizer = NLCG([a, b], lr=0.1)
+    optimizer = NLCG([a, b], lr=0.1, precond="bfgs")
     a.grad = b.grad = torch.ones(1, dtype=torch.float64)
     optimizer.step()
     b.grad = None
@@ -610,7 +617,7 @@ def test_missing_gradients_count_as_zero_where_that_is_allowed():
     results = []
     for missing in (True, False):
         a, b = parameter([1.0]), parameter([1.0])
-        optimizer = NLCG([a, b], lr=0.1, allow_missing=True)
+        optimizer = NLCG([a, b], lr=0.1, allow_missing=True, precond="bfgs")
         for late in (None if missing else torch.zeros(1).double(), torch.ones(1).double()):
             a.grad, b.grad = torch.ones(1).double(), late
             optimizer.step()
@@ -620,7 +627,7 @@ def test_missing_gradients_count_as_zero_where_that_is_allowed():
 
 def test_all_gradients_missing_is_no_step():
     w = parameter([1.0])
-    optimizer = NLCG([w])
+    optimizer = NLCG([w], precond="bfgs")
     optimizer.step()
     assert scalar(optimizer, w, "step") == 0
 
@@ -631,7 +638,7 @@ def test_all_gradients_missing_is_no_step():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters_have_float32_state(dtype):
     w, v = parameter([1.0, 2.0, 3.0], dtype), parameter([1.0, 2.0, 3.0], torch.float32)
-    low, full = NLCG([w], lr=0.25), NLCG([v], lr=0.25)
+    low, full = NLCG([w], lr=0.25, precond="bfgs"), NLCG([v], lr=0.25, precond="bfgs")
     for _ in range(4):
         feed(low, w, [w.detach()])
         feed(full, v, [v.detach()])
@@ -642,7 +649,7 @@ def test_low_precision_parameters_have_float32_state(dtype):
 def test_complex_parameters_are_pairs_of_real_ones():
     z = torch.nn.Parameter(torch.tensor([1 + 2j, -1 + 0.5j], dtype=torch.complex128))
     r = parameter([[1.0, 2.0], [-1.0, 0.5]])
-    complex_one, real_one = NLCG([z], lr=0.1), NLCG([r], lr=0.1)
+    complex_one, real_one = NLCG([z], lr=0.1, precond="bfgs"), NLCG([r], lr=0.1, precond="bfgs")
     for _ in range(5):
         z.grad = 2 * z.detach() * (1 + 0.1 * z.detach().abs())
         r.grad = torch.view_as_real(z.grad).clone()
@@ -653,7 +660,7 @@ def test_complex_parameters_are_pairs_of_real_ones():
 
 def test_parameters_of_mixed_types_are_one_problem():
     a, b, together = parameter([1.0, 2.0], torch.float32), parameter([3.0]), parameter([1.0, 2.0, 3.0])
-    mixed, one = NLCG([a, b], lr=0.1), NLCG([together], lr=0.1)
+    mixed, one = NLCG([a, b], lr=0.1, precond="bfgs"), NLCG([together], lr=0.1, precond="bfgs")
     for _ in range(5):
         a.grad, b.grad = a.detach() * 2, b.detach() * 5
         together.grad = together.detach() * torch.tensor([2.0, 2.0, 5.0], dtype=torch.float64)
@@ -705,14 +712,14 @@ def test_unknown_names_suggest_the_nearest(option, value, nearest):
 
 def test_fused_is_refused_where_it_cannot_work():
     w = parameter([1.0], torch.bfloat16)
-    optimizer = NLCG([w], fused=True)
+    optimizer = NLCG([w], fused=True, precond="bfgs")
     with pytest.raises(RuntimeError, match="fused=True needs"):
         feed(optimizer, w, [(1.0,)])
 
 
 def test_several_devices_are_refused():
     a, b = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1, device="meta"))
-    optimizer = NLCG([a, b])
+    optimizer = NLCG([a, b], precond="bfgs")
     a.grad = torch.ones_like(a)
     with pytest.raises(RuntimeError, match="one device, got cpu, meta"):
         optimizer.step()
@@ -720,7 +727,7 @@ def test_several_devices_are_refused():
 
 def test_last_is_for_reading():
     w = parameter([1.0, 2.0])
-    optimizer = NLCG([w], lr=0.1)
+    optimizer = NLCG([w], lr=0.1, precond="bfgs")
     assert optimizer.last == {}
     feed(optimizer, w, [(3.0, 4.0)])
     assert set(optimizer.last) == {"beta", "step_size", "base_lr", "rho", "ys", "shs", "cosine", "skipped"}

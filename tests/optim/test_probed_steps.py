@@ -375,7 +375,7 @@ def test_ascent_is_descent_of_the_negative_loss(line_search):
 def test_groups_agree_about_the_direction():
     model, (x, y) = small_model(), small_data()
     groups = [{"params": model[0].parameters(), "maximize": True}, {"params": model[3].parameters()}]
-    optimizer = NLCG(groups, lr=1.0, line_search="parabola")
+    optimizer = NLCG(groups, lr=1.0, line_search="parabola", precond="bfgs")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="NLCG: maximize must be the same in all groups with line_search=Parabola"):
         take_step(model, optimizer, x, y, F.cross_entropy)
@@ -433,7 +433,7 @@ def test_bfloat16_parameters(line_search):
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_a_step_that_is_not_finite_changes_nothing(line_search, where):
     model, (x, y) = small_model(norm=True), small_data()
-    optimizer = NLCG(model.parameters(), lr=1.0, line_search=line_search)
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search=line_search, precond="bfgs")
     for _ in range(2):
         take_step(model, optimizer, x, y, F.cross_entropy)
     optimizer.observe_batch(model, F.cross_entropy, x, y)
@@ -455,7 +455,7 @@ def test_a_step_that_is_not_finite_changes_nothing(line_search, where):
 
 def test_where_no_trial_is_finite_the_parameters_stay():
     model, (x, y) = small_model(), small_data()
-    optimizer = NLCG(model.parameters(), lr=1.0, line_search=Parabola(tries=3))
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search=Parabola(tries=3), precond="bfgs")
     before = copy.deepcopy(model.state_dict())
     F.cross_entropy(model(x), y).backward()
     optimizer.observe_batch(model, lambda outputs, targets: outputs.sum() * math.inf, x, y)
@@ -467,7 +467,7 @@ def test_where_no_trial_is_finite_the_parameters_stay():
 @pytest.mark.parametrize("line_search", ["parabola", "subspace"])
 def test_an_error_in_the_loss_leaves_the_parameters(line_search):
     model, (x, y) = small_model(norm=True, dropout=0.5), small_data()
-    optimizer = NLCG(model.parameters(), lr=1.0, line_search=line_search)
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search=line_search, precond="bfgs")
     F.cross_entropy(model(x), y).backward()
 
     def fails(outputs, targets):
@@ -528,7 +528,7 @@ def test_micro_batches_are_the_whole_batch(line_search):
 def test_a_closure_gives_gradients_and_loss():
     model, (x, y) = small_model(), small_data()
     other = copy.deepcopy(model)
-    optimizer = NLCG(model.parameters(), lr=1.0, line_search="parabola")
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search="parabola", precond="bfgs")
 
     def closure():
         optimizer.zero_grad()
@@ -538,7 +538,7 @@ def test_a_closure_gives_gradients_and_loss():
 
     optimizer.observe_batch(model, F.cross_entropy, x, y)
     optimizer.step(closure)
-    take_step(other, NLCG(other.parameters(), lr=1.0, line_search="parabola"), x, y, F.cross_entropy)
+    take_step(other, NLCG(other.parameters(), lr=1.0, line_search="parabola", precond="bfgs"), x, y, F.cross_entropy)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -556,7 +556,7 @@ class Clamped(torch.autograd.Function):
 
 def test_what_cannot_be_done_is_said():
     model, (x, y) = small_model(), small_data()
-    optimizer = NLCG(model.parameters(), lr=1.0, line_search="parabola")
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search="parabola", precond="bfgs")
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(RuntimeError, match=r"NLCG: line_search=Parabola needs the batch .* call observe_batch\(model"):
         optimizer.step(loss=1.0)
@@ -569,12 +569,12 @@ def test_what_cannot_be_done_is_said():
     optimizer.observe_batch(model, partial(F.cross_entropy, reduction="none"), x, y)
     with pytest.raises(ValueError, match=r"NLCG: the loss of the batch must be a number: its mean, got \(32,\)"):
         optimizer.step(loss=1.0)
-    plain = NLCG(model.parameters())
+    plain = NLCG(model.parameters(), precond="bfgs")
     assert not plain.needs_batch
     with pytest.raises(ValueError, match="NLCG: line_search must be 'parabola' or 'subspace' to observe batches"):
         plain.observe_batch(model, F.cross_entropy, x, y)
     with pytest.raises(ValueError, match="NLCG: shard_state must be False with line_search=Subspace, got True"):
-        NLCG(model.parameters(), line_search="subspace", shard_state=True)
+        NLCG(model.parameters(), line_search="subspace", shard_state=True, precond="bfgs")
 
 
 def test_layers_without_forward_derivative_are_named():
@@ -583,7 +583,7 @@ def test_layers_without_forward_derivative_are_named():
             return Clamped.apply(x)
 
     model, (x, y) = nn.Sequential(nn.Linear(5, 3), Own()), small_data()
-    optimizer = NLCG(model.parameters(), lr=1.0, line_search="subspace")
+    optimizer = NLCG(model.parameters(), lr=1.0, line_search="subspace", precond="bfgs")
     with pytest.raises(
         RuntimeError, match="NLCG: line_search=Subspace needs forward derivatives of all layers: You must"
     ):

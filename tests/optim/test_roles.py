@@ -171,7 +171,7 @@ def test_diagonal_bfgs_learns_from_its_own_parameters_only(foreach):
     for with_other in (False, True):
         torch.manual_seed(0)
         w, v = nn.Parameter(torch.randn(30)), nn.Parameter(torch.randn(50))
-        groups = [{"params": [w]}, {"params": [v], "precond": "adam"}][: 1 + with_other]
+        groups = [{"params": [w], "precond": "bfgs"}, {"params": [v], "precond": "adam"}][: 1 + with_other]
         optimizer = NLCG(groups, lr=0.1, rule="constant", beta_max=0.5, foreach=foreach, fused=False)
         scale = torch.linspace(0.5, 3, 30)
         for _ in range(5):
@@ -282,3 +282,41 @@ def test_the_catalogue_goes_by_roles(name, decay_vectors):
         assert decays[p] == (0.5 if decay_vectors or p.ndim > 1 else 0.0)
     whole = optimizers.build("nlcg-orthogonal", model, precond="kron")
     assert len(whole.param_groups) == 1
+
+
+# What is not said -----------------------------------------------------------------------------------------------------
+
+
+def test_without_further_arguments_matrices_are_orthogonalised():
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32))
+    whole, plain = NLCG(model), NLCG(model.parameters())
+    assert [group["role"] for group in whole.param_groups] == ["matrix", "vector", "head"]
+    head = model[2].weight
+    assert "square" in whole.state[head]  # of a model it is known to be one
+    assert "square" not in plain.state[head]
+    for optimizer in (whole, plain):
+        assert "square" not in optimizer.state[model[0].weight]
+        assert {(group["lr"], group["beta_max"]) for group in optimizer.param_groups} == {(0.01, 0.9)}
+    assert len(NLCG(model, precond="bfgs").param_groups) == 1
+
+
+@pytest.mark.parametrize(("precond", "usual"), [("bfgs", (0.1, 1.0)), ("none", (0.1, 1.0)), ("kron", (0.01, 0.9))])
+def test_learning_rate_and_limit_of_beta_go_with_the_preconditioner(precond, usual):
+    w, v = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    for optimizer in (
+        NLCG([w], precond=precond),
+        NLCG([{"params": [v]}, {"params": [w], "precond": precond}]),
+    ):
+        group = optimizer.param_groups[-1]
+        assert (group["lr"], group["beta_max"]) == usual
+    given = NLCG([{"params": [w], "precond": precond}], lr=0.3, beta_max=0.5).param_groups[0]
+    assert (given["lr"], given["beta_max"]) == (0.3, 0.5)
+
+
+def test_the_reference_mode_is_the_published_method():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = NLCG([w], mode="reference", h0=2.0)
+    assert isinstance(optimizer.preconds[0], DiagonalBFGS)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    with pytest.raises(ValueError, match=r"h0, h_bounds.*precond='bfgs'"):
+        NLCG([w], h0=2.0)

@@ -174,9 +174,9 @@ def test_rules_that_nlcg_does_not_take():
     with pytest.raises(
         ValueError, match="NLCG: line_search must be a step size that needs no distance, got 'Distance'"
     ):
-        NLCG(parameters(), line_search=Distance())
+        NLCG(parameters(), line_search=Distance(), precond="bfgs")
     with pytest.raises(ValueError, match="NLCG: mode must be 'exact' with line_search=NormGrowth, got 'reference'"):
-        NLCG(parameters(), line_search=NormGrowth(b0=1.0), mode="reference")
+        NLCG(parameters(), line_search=NormGrowth(b0=1.0), mode="reference", precond="bfgs")
 
 
 # ---- in front of others ----

@@ -253,7 +253,7 @@ def test_metrics_of_optimizers():
         adam.step()
     second = torch.tensor([0.25 * 1 + 0.5 * 9, 0.25 * 4 + 0.5 * 1]) / 0.75
     torch.testing.assert_close(diagonal_metric(adam)[p], 1 / (second.sqrt() + 0.1))
-    nlcg = NLCG([p], lr=0.1)
+    nlcg = NLCG([p], lr=0.1, precond="bfgs")
     assert set(diagonal_metric(nlcg)) == {p}
 
 

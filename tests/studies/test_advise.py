@@ -142,7 +142,7 @@ def test_a_given_optimizer_is_gone_on_with(monkeypatch):
 def test_nlcg_keeps_what_is_in_no_group(monkeypatch):
     model = network()
     inputs, targets = data()
-    given = NLCG(model.parameters(), lr=0.1, rule="pr", line_search="online")
+    given = NLCG(model.parameters(), lr=0.1, rule="pr", line_search="online", precond="bfgs")
     made = made_by(monkeypatch)
     advise(model, F.cross_entropy, (inputs, targets), given, mode="fast", max_examples=20_000)
     assert made
@@ -156,7 +156,7 @@ def test_nlcg_keeps_what_is_in_no_group(monkeypatch):
         ("momentum", 1.0, 5.0),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1.0, 5.0),
         (lambda p: torch.optim.NAdam(p, lr=0.1), 0.5, 2.5),
-        (lambda p: NLCG(p, lr=0.1), 0.75, 2.5),
+        (lambda p: NLCG(p, lr=0.1, precond="bfgs"), 0.75, 2.5),
     ],
 )
 def test_what_an_optimizer_is_goes_by_itself_and_not_by_its_name(given, power, factor):
@@ -525,7 +525,7 @@ def test_an_optimizer_that_cannot_be_copied_is_told():
 def test_nlcg_goes_on_with_its_state():
     model = network()
     inputs, targets = data()
-    nlcg = NLCG(model.parameters(), lr=0.1)
+    nlcg = NLCG(model.parameters(), lr=0.1, precond="bfgs")
     for _ in range(3):
         nlcg.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()

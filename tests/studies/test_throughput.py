@@ -81,7 +81,7 @@ def test_fixed_memory_is_that_of_parameters_gradients_and_state(make, vectors):
 
 
 def test_nlcg_keeps_three_vectors():
-    whole = problem(lambda p, lr: NLCG(p, lr=lr))
+    whole = problem(lambda p, lr: NLCG(p, lr=lr, precond="bfgs"))
     parameters = 4 * sum(p.numel() for p in whole.model.parameters())
     fixed = measure_memory(whole, lr=1e-3).fixed
     assert 5 * parameters <= fixed <= 5 * parameters + 4096

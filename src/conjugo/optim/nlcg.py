@@ -30,6 +30,7 @@ from conjugo.optim.line_search import LineSearch
 from conjugo.optim.orthogonal import Orthogonal
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 from conjugo.optim.probed_steps import NAMES, Parabola, ProbedStep, Subspace
+from conjugo.optim.roles import parameter_groups
 from conjugo.optim.step_sizes import Constant, StepSize, Verdict
 
 __all__ = ["NLCG", "lars_scale"]
@@ -37,6 +38,8 @@ __all__ = ["NLCG", "lars_scale"]
 EPS = 1e-8
 """The authors' epsilon: in mode "reference" it is added in denominators and is the shortest step that is taken back."""
 
+
+_H_BOUNDS = (1e-6, 1e6)
 
 _RULES = {"fr": RULES["fr"], "pr": RULES["pr"], "constant": constant}
 
@@ -82,7 +85,9 @@ class NLCG(ScopedOptimizer):
         d \leftarrow -P g + \beta d, \qquad w \leftarrow w + \tau d
 
     where a prime marks the previous step, inner products run over *all* parameters, and the term in brackets belongs to
-    the Polak-Ribiere rule. :math:`P = 1/h` is a diagonal BFGS model of the Hessian, updated from the last step
+    the Polak-Ribiere rule. Without further arguments P orthogonalises the gradients of matrices and scales all others as
+    Adam does; how that does beside other choices and optimizers is measured by ``conjugo reproduce frontier``. The published
+    method has ``precond="bfgs"``: :math:`P = 1/h` with a diagonal BFGS model h of the Hessian, updated from the last step
     :math:`s = \tau' d'` and the change :math:`y = g - g'` of the gradient:
 
     .. math:: h \leftarrow h - \frac{h^2 s^2}{\langle s, h s \rangle} + \frac{y^2}{\langle y, s \rangle}
@@ -91,18 +96,20 @@ class NLCG(ScopedOptimizer):
         params: parameters or parameter groups, real or complex floating point, all on one device; of a model on many
             ranks those of this rank: whole (DDP) or DTensors (FSDP2, HSDP, tensor parallelism). Groups may have their own
             *lr*, *weight_decay*, *decoupled*, *lars*, *grad_scale*, *beta_max* and *maximize*, and their own *precond*;
-            :func:`~conjugo.optim.parameter_groups` makes some of a model.
-        lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. A good one for SGD with momentum is a good start.
+            :func:`~conjugo.optim.parameter_groups` makes some of a model. Or the model itself: its parameters, and without
+            a *precond* these groups, which leave embeddings and heads out of what is orthogonalised.
+        lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. None: 0.01 with Adam's scaling and the preconditioners for
+            matrices, else 0.1; there, one that is good for SGD with momentum is a good start.
         rule: ``"fr"`` (Fletcher-Reeves: a momentum that adapts) or ``"pr"`` (Polak-Ribiere: without an exact line
             search :math:`\beta` is 0 in most steps, so it is close to gradient descent); or ``"constant"``:
             :math:`\beta` is *beta_max* in every step after the first, the control that says what a computed one is worth.
-        precond: ``"bfgs"``; ``"none"``; ``"hutchinson"`` or ``"gauss-newton"``, the diagonal of the Hessian or of the
-            Gauss-Newton matrix, which must be measured every few steps (:attr:`needs_curvature`, :meth:`measure`);
+        precond: ``"bfgs"``, the published one; ``"none"``; ``"hutchinson"`` or ``"gauss-newton"``, the diagonal of the Hessian
+            or of the Gauss-Newton matrix, which must be measured every few steps (:attr:`needs_curvature`, :meth:`measure`);
             ``"adam"``, the scaling of Adam; ``"orthogonal"``, which orthogonalises the gradients of matrices; ``"kron"``,
-            Adam's scaling in an eigenbasis; or a :class:`~conjugo.optim.preconditioners.Preconditioner`. With the
-            last three named ones set *beta_max* below 1, and take a learning rate as for Adam. One choice for all
-            parameters, or one for each group: :math:`\beta` then comes from sums over all of them, so mix only what has the
-            same units (Adam's scaling and those for matrices have). Diagonal BFGS uses sums over its own parameters.
+            Adam's scaling in an eigenbasis; or a :class:`~conjugo.optim.preconditioners.Preconditioner`. None:
+            ``"orthogonal"``, in *mode* "reference" ``"bfgs"``. One choice for all parameters, or one for each group:
+            :math:`\beta` then comes from sums over all of them, so mix only what has the same units (Adam's scaling and those
+            for matrices have). Diagonal BFGS uses sums over its own parameters.
         line_search: ``"none"``; ``"online"`` or ``"step"``: when the loss grows against its running average (in every
             step; every *period* steps), the learning rate is reduced and a part of the last move is taken back. Needs the
             loss of each step: ``step(closure)`` or ``step(loss=loss)``. Or a
@@ -124,7 +131,8 @@ class NLCG(ScopedOptimizer):
         mode: ``"exact"``; ``"reference"`` follows the authors' program with its quirks (an absolute 1e-8 in numerators
             and denominators, curvature pairs with today's learning rate), for comparison.
         scope: over what inner products run: ``"global"`` (the method), ``"group"`` or ``"tensor"``.
-        beta_max: upper limit of :math:`\beta`, in [0, 1].
+        beta_max: upper limit of :math:`\beta`, in [0, 1]. None: 0.9 with Adam's scaling and the preconditioners for matrices,
+            with which :math:`\beta` would be near 1 all the time, else 1.
         h0: first value of :math:`h`, above 0. Multiply it with whatever the loss is multiplied with.
         h_bounds: interval of :math:`h` in multiples of *h0*.
         nesterov: move by :math:`\tau (-P g + \beta d)` with the new d, as with Nesterov's momentum, instead of
@@ -161,7 +169,7 @@ class NLCG(ScopedOptimizer):
     Training", arXiv:1812.02886.
 
     >>> w = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
-    >>> optimizer = NLCG([w], lr=0.5)
+    >>> optimizer = NLCG([w], lr=0.5, precond="bfgs")
     >>> for _ in range(10):
     ...     loss = (w * torch.tensor([1.0, 3.0]) * w).sum() / 2
     ...     loss.backward()
@@ -176,6 +184,8 @@ class NLCG(ScopedOptimizer):
         "rule",
         "precond",
         "preconds",
+        "_known",
+        "_usual",
         "line_search",
         "removal",
         "mode",
@@ -192,12 +202,13 @@ class NLCG(ScopedOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 0.1,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor | None = None,
         *,
         rule: Literal["fr", "pr", "constant"] = "fr",
         precond: Literal["bfgs", "none", "hutchinson", "gauss-newton", "adam", "orthogonal", "kron"]
-        | Preconditioner = "bfgs",
+        | Preconditioner
+        | None = None,
         line_search: Literal["none", "online", "step", "parabola", "subspace"] | StepSize = "none",
         period: int = 5,
         threshold: float = 1.0,
@@ -208,9 +219,9 @@ class NLCG(ScopedOptimizer):
         grad_scale: float | Sequence[float] = 1.0,
         mode: Literal["exact", "reference"] = "exact",
         scope: Literal["global", "group", "tensor"] = "global",
-        beta_max: float = 1.0,
+        beta_max: float | None = None,
         h0: float = 1.0,
-        h_bounds: tuple[float, float] = (1e-6, 1e6),
+        h_bounds: tuple[float, float] = _H_BOUNDS,
         nesterov: bool = False,
         restart_on_ascent: bool = False,
         allow_missing: bool = False,
@@ -227,7 +238,14 @@ class NLCG(ScopedOptimizer):
         self.rule = rule
         self.mode = mode
         self._known = self._named(h0, h_bounds)
-        self.precond = self._preconditioner(precond)
+        if precond is None:
+            plain = (h0, h_bounds) == (1.0, _H_BOUNDS)
+            check(
+                plain or mode == "reference", "NLCG", "h0, h_bounds", (h0, h_bounds), "left out without precond='bfgs'"
+            )
+        if isinstance(params, nn.Module):
+            params = parameter_groups(params) if precond is None and mode == "exact" else list(params.parameters())
+        self.precond = self._preconditioner(precond or ("orthogonal" if mode == "exact" else "bfgs"))
         self.preconds: list[Preconditioner] = []
         """That of each group."""
         self.line_search = self._step_size(line_search, period, threshold)
@@ -247,13 +265,15 @@ class NLCG(ScopedOptimizer):
         alone = not (shard_state and isinstance(self.line_search, Subspace))
         check(alone, "NLCG", "shard_state", shard_state, "False with line_search=Subspace")
         self._last: dict[str, Array] = {}
+        self._usual = {name: value is None for name, value in (("lr", lr), ("beta_max", beta_max))}
+        usual = _usual(self.precond)
         defaults = {
-            "lr": lr,
+            "lr": usual["lr"] if lr is None else lr,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "lars": lars,
             "grad_scale": grad_scale,
-            "beta_max": beta_max,
+            "beta_max": usual["beta_max"] if beta_max is None else beta_max,
             "maximize": maximize,
         }
         super().__init__(params, defaults, scope=scope, process_group=process_group, foreach=foreach, fused=fused)
@@ -264,6 +284,9 @@ class NLCG(ScopedOptimizer):
         if isinstance(param_group, dict) and "precond" in param_group:
             param_group = dict(param_group)  # which is saved: files hold numbers, not objects
             precond = self._preconditioner(param_group.pop("precond"))
+            for name, value in _usual(precond).items():
+                if self._usual[name]:
+                    param_group.setdefault(name, value)
         others = [own for own in self.preconds if isinstance(own, CurvatureDiagonal) and own != precond]
         if isinstance(precond, CurvatureDiagonal) and others:
             check(
@@ -936,6 +959,11 @@ class NLCG(ScopedOptimizer):
             return self._step_size(NAMES[line_search](), period, threshold)
         search = LineSearch(kind=line_search, period=period, threshold=threshold)
         return None if line_search == "none" else search
+
+
+def _usual(precond: Preconditioner) -> dict[str, float]:
+    """Learning rate and limit of beta where none are given: <g, P g> hardly falls along a run with Adam's scaling."""
+    return {"lr": 0.01, "beta_max": 0.9} if isinstance(precond, AdamDiagonal) else {"lr": 0.1, "beta_max": 1.0}
 
 
 def lars_scale(weight_norm: Tensor, grad_norm: Tensor, coefficient: float | Tensor) -> Tensor:

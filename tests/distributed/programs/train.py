@@ -30,7 +30,7 @@ labels = torch.randint(3, (120,))
 net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
 torch.manual_seed(env.rank)
 model = nn.parallel.DistributedDataParallel(net) if env.world_size > 1 else net
-optimizer = NLCG(net.parameters(), lr=0.1)
+optimizer = NLCG(net.parameters(), lr=0.1, precond="bfgs")
 sampler = GlobalBatchSampler(len(data), 24, seed=0)
 checkpoints = Checkpointer(folder / "checkpoints", asynchronous="async" in sys.argv)
 everything = {"model": net, "optimizer": optimizer, "sampler": sampler, "random": PerRank(RandomState())}
