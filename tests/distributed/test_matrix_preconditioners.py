@@ -101,25 +101,9 @@ def test_what_acts_on_single_values_may_be_cut(kind, world, alone):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
-def refused(options):
-    model, _, _ = wrapped("fsdp x tp")
-    before = entire(model.parameters())
-    try:
-        NLCG(model.parameters(), **options)
-    except ValueError as error:
-        assert all(torch.equal(a, b) for a, b in zip(before, entire(model.parameters()), strict=True))
-        return str(error)
-    return None
-
-
-@pytest.mark.parametrize("precond", [Orthogonal(matrices=everything), Kronecker()], ids=["orthogonal", "kron"])
-def test_a_matrix_that_is_cut_in_two_ways_is_refused_on_all_ranks_with_what_to_do(precond):
-    messages = ranks.run(4, refused, {"precond": precond})
-    for message in messages:
-        assert message == messages[0]
-        assert f"{type(precond).__name__}: the matrices must be whole, or cut along one dimension" in message
-        assert "got 'one of shape [10, 6] with placements" in message
-        assert "matrices=..." in message
+@pytest.mark.parametrize("spread", [None, True])
+def test_matrices_that_are_cut_in_two_ways(spread, alone):
+    compare(ranks.run(4, fits, "fsdp x tp", options_of(spread=spread)), alone)
 
 
 def one_rank(options):

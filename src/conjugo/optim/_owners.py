@@ -15,10 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conjugo._space import Slices, chunk, gathered, is_dtensor
-from conjugo.errors import check
+from conjugo._space import Slices, chunk, from_local, gathered, is_dtensor, to_local
 
-__all__ = ["Cut", "Exchange", "Keeper", "assigned", "cut_of", "spreading_pays"]
+__all__ = [
+    "Cut",
+    "Exchange",
+    "Keeper",
+    "assigned",
+    "cut_of",
+    "is_tangled",
+    "piece_of",
+    "spreading_pays",
+    "whole_of",
+]
 
 _SPEEDS = {"cpu": (2e10, 1e9, 1e-3)}
 _SPEED = (1e14, 5e10, 1e-4)
@@ -33,25 +42,43 @@ class Cut:
     dim: int
 
 
-def cut_of(p: Tensor, slices: Slices | None, *, owner: str, argument: str) -> Cut | None:
-    """How the parameter *p*, two dimensions or more, is cut; None: it is whole on each rank.
+def cut_of(p: Tensor, slices: Slices | None = None) -> Cut | None:
+    """How the parameter *p*, with one dimension or more, is cut.
 
-    Raises ValueError, on all ranks, for a DTensor that is sharded over more than one dimension of its mesh.
+    None: it is whole on each rank, or a DTensor cut in another way, see :func:`is_tangled`. slices: how whole ones are cut.
     """
     if not is_dtensor(p):
         return None if slices is None else Cut(slices.group, 0)
-    mesh, placements = p.device_mesh, p.placements
-    cuts = [i for i, q in enumerate(placements) if not q.is_replicate() and mesh.size(i) > 1]
-    if not cuts:
+    from torch.distributed.tensor import Shard
+
+    cuts = _cuts(p)
+    if len(cuts) != 1 or type(p.placements[cuts[0]]) is not Shard:
         return None
-    given = f"one of shape {list(p.shape)} with placements {list(placements)}"
-    accepted = (
-        "whole, or cut along one dimension over one dimension of the mesh: [Shard(d)] (FSDP2, shard_state, tensor "
-        "parallelism) or [Replicate(), Shard(d)] (HSDP); or left out by matrices=..., a function that is false for it; or "
-        "take precond='adam' or 'bfgs'"
-    )
-    check(len(cuts) == 1 and placements[cuts[0]].is_shard(), owner, argument, given, accepted)
-    return Cut(mesh.get_group(cuts[0]), placements[cuts[0]].dim % p.ndim)
+    return Cut(p.device_mesh.get_group(cuts[0]), p.placements[cuts[0]].dim % p.ndim)
+
+
+def is_tangled(p: Tensor) -> bool:
+    """Whether *p* is a DTensor that is cut over more than one dimension of its mesh (FSDP2 and tensor parallelism at once)."""
+    return is_dtensor(p) and bool(_cuts(p)) and cut_of(p) is None
+
+
+def whole_of(piece: Tensor, p: Tensor) -> Tensor:
+    """Collective, if *p* is tangled: the whole tensor, on all ranks, of which *piece* lies as that of *p* does."""
+    return from_local(piece, p).full_tensor() if is_tangled(p) else piece  # type: ignore[attr-defined, no-any-return]
+
+
+def piece_of(whole: Tensor, p: Tensor) -> Tensor:
+    """This rank's piece of a tensor, of which all ranks have the *whole*, where *p* is tangled; else *whole* itself."""
+    if not (is_dtensor(p) and is_tangled(p)):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return to_local(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
+
+
+def _cuts(p: Any) -> list[int]:
+    """The dimensions of the mesh over which *p* is cut."""
+    return [i for i, q in enumerate(p.placements) if not q.is_replicate() and p.device_mesh.size(i) > 1]
 
 
 def assigned(costs: Sequence[float], loads: list[float]) -> list[int]:

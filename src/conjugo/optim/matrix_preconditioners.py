@@ -4,7 +4,8 @@ A weight [out, in, ...] is the matrix [out, in * ...]: a kernel of a convolution
 What is no matrix (vectors, complex parameters, and what the option *matrices* leaves out) gets Adam's scaling.
 
 Matrices whose pieces lie on several ranks are shared out: each has one rank, its owner, which gets the whole gradient, works
-on it as one process would, and sends the pieces of the result back. Matrices that are whole on all ranks may be shared out too.
+on it as one process would, and sends the pieces of the result back. Matrices that are whole on all ranks may be shared out too,
+and so those that are cut over more than one dimension of a mesh, of which all ranks get the whole first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from conjugo._space import chunk, is_dtensor
 from conjugo.errors import check
-from conjugo.optim._owners import Cut, Exchange, Keeper, assigned, cut_of, spreading_pays
+from conjugo.optim._owners import Cut, Exchange, Keeper, assigned, cut_of, piece_of, spreading_pays, whole_of
 from conjugo.optim.adaptive_preconditioner import AdamDiagonal, State
 from conjugo.optim.preconditioners import Block, Secant
 
@@ -47,6 +48,7 @@ class _Team:
 
     indices: list[int]
     """In the block."""
+    params: list[Tensor]
     matrices: Matrices
     """Those that this rank works on."""
     exchange: Exchange | None = None
@@ -56,11 +58,13 @@ class _Team:
 
     def gather(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """What this rank works on, of the *pieces* of all. Collective if they are cut."""
-        return list(pieces) if self.exchange is None else self.exchange.gather(pieces)
+        wholes = [whole_of(piece, p) for piece, p in zip(pieces, self.params, strict=True)]
+        return wholes if self.exchange is None else self.exchange.gather(wholes)
 
     def scatter(self, results: list[Tensor], pieces: Sequence[Tensor]) -> list[Tensor]:
         """This rank's pieces of all results. Collective if they are shared out."""
-        return results if self.exchange is None else self.exchange.scatter(results, pieces)
+        found = results if self.exchange is None else self.exchange.scatter(results, pieces)
+        return [piece_of(z, p) for z, p in zip(found, self.params, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ class MatrixPreconditioner(AdamDiagonal):
 
     spread: whether the ranks share the work on matrices that all of them have whole (DDP), and exchange the results; None:
     where that seems to pay, and never where matrices have state. With True such state is up to date with the owners only, and
-    ``state_dict`` of the optimizer is collective, as it is for all state of matrices that are cut.
+    ``state_dict`` of the optimizer is collective, as it is for all state of matrices that are cut along one dimension.
     """
 
     beta2: float = 0.95
@@ -117,17 +121,16 @@ class MatrixPreconditioner(AdamDiagonal):
         return 10.0 * rows * columns * (rows + columns)
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
-        """By :meth:`matrix_state` or as Adam's; raises ValueError for a matrix that is cut in a way that is not supported."""
+        """By :meth:`matrix_state` or as Adam's."""
         return self.state_of(p, p)
 
     def state_of(self, p: Tensor, home: Tensor) -> dict[str, Tensor]:
-        """As :meth:`init_state`. Of a matrix that is cut along one dimension all tensors are cut, into rows where they are not
-        of its shape.
+        """As :meth:`init_state`. Of a matrix that is cut along one dimension all tensors are cut, into rows if not of its
+        shape; of all other matrices every rank has the whole state.
         """
         if not self.is_matrix(p):
             return super().init_state(home)
-        cut = cut_of(home, None, owner=self._name, argument="the matrices")
-        state = self.matrix_state(home)
+        state, cut = self.matrix_state(home), cut_of(home)
         if cut is None:
             return state
         return {name: _laid_out(tensor, home, cut) if tensor.ndim else tensor for name, tensor in state.items()}
@@ -169,46 +172,47 @@ class MatrixPreconditioner(AdamDiagonal):
         return teams
 
     def _share_out(self, block: Block) -> list[_Team]:
-        space = block.space
-        alone: list[int] = []
+        slices = None if block.space is None else block.space.slices
+        whole: list[int] = []
         cuts: dict[tuple[int, ...], list[tuple[int, Cut]]] = {}
         for i in self.parts(block)[0]:
-            slices = None if space is None else space.slices
-            cut = cut_of(block.params[i], slices, owner=self._name, argument="the matrices")
+            cut = cut_of(block.params[i], slices)
             if cut is None:
-                alone.append(i)
+                whole.append(i)
             else:
                 cuts.setdefault(tuple(dist.get_process_group_ranks(cut.group)), []).append((i, cut))
-        teams = []
-        if alone and space is not None and self._spreads(block, alone):
-            teams.append(self._team(block, alone, space.group, None))
-        elif alone:
-            teams.append(_Team(alone, Matrices(picked(block.states, alone))))
+        teams = [self._team(block, whole, self._sharing(block, whole), None)] if whole else []
         for items in cuts.values():
             teams.append(self._team(block, [i for i, _ in items], items[0][1].group, [cut.dim for _, cut in items]))
         return teams
 
-    def _spreads(self, block: Block, indices: Sequence[int]) -> bool:
-        """Whether the ranks share the work on matrices that are whole on all of them."""
-        params = picked(block.params, indices)
-        if block.space is None or block.space.group is None or any(is_dtensor(p) for p in params):
-            return False
-        if self.spread is not None:
-            return self.spread
+    def _sharing(self, block: Block, indices: Sequence[int]) -> Any:
+        """The group of ranks that share the work on matrices that are whole on all of them; None: this rank does it all."""
+        params, space = picked(block.params, indices), block.space
+        if space is None or space.group is None or self.spread is False:
+            return None
+        if any(is_dtensor(p) and p.device_mesh.size() < space.world_size for p in params):
+            return None
         shapes = [shape_of(p) for p in params]
         costs, sizes = [self.cost(*shape) for shape in shapes], [math.prod(shape) for shape in shapes]
+        pays = spreading_pays(costs, sizes, space.world_size, params[0].device.type)
         stateless = not any(self._names(block.states[i]) for i in indices)
-        return stateless and spreading_pays(costs, sizes, block.space.world_size, params[0].device.type)
+        return space.group if self.spread or (stateless and pays) else None
 
     def _team(self, block: Block, indices: list[int], group: Any, dims: list[int] | None) -> _Team:
-        """Collective where state is cut: share out the matrices *indices*, cut along *dims*, None: not at all."""
+        """The matrices *indices*, cut along *dims* (None: whole), shared out over *group*, if there is one.
+
+        Collective where state is cut.
+        """
         params, states = picked(block.params, indices), picked(block.states, indices)
+        if group is None:
+            return _Team(indices, params, Matrices(states))
         loads: dict[tuple[int, ...], list[float]] = block.common.setdefault("loads", {})
         ranks = dist.get_process_group_ranks(group)
         owners = assigned([self.cost(*shape_of(p)) for p in params], loads.setdefault(tuple(ranks), [0.0] * len(ranks)))
         exchange = Exchange(group, [p.shape for p in params], dims, owners)
         if not any(self._names(state) for state in states):
-            return _Team(indices, Matrices([states[i] for i in exchange.own]), exchange)
+            return _Team(indices, params, Matrices(picked(states, exchange.own)), exchange)
         shapes = [{name: tensor.shape for name, tensor in self.matrix_state(_bare(p)).items()} for p in params]
         cuts = None
         if dims is not None:
@@ -218,7 +222,7 @@ class MatrixPreconditioner(AdamDiagonal):
             ]
         keeper = Keeper(group, states, shapes, cuts, owners)
         block.common.setdefault("settle", []).append(keeper.settle)
-        return _Team(indices, Matrices(keeper.states), exchange, keeper)
+        return _Team(indices, params, Matrices(keeper.states), exchange, keeper)
 
     def _names(self, state: State) -> set[str]:
         """The names of what a matrix remembers."""
