@@ -39,6 +39,8 @@ SERIAL = 4 * CHUNK
 
 _BUILT_IN = (Identity, DiagonalBFGS, AdamDiagonal, Orthogonal, Kronecker)
 
+_BOOLS = (torch.tensor(False), torch.tensor(True))
+
 _pools: dict[int, ThreadPoolExecutor] = {}
 """By number of threads."""
 
@@ -220,7 +222,7 @@ class FusedPasses:
     def _see(self, rows: list[int], block: Block, scales: Sequence[Scale]) -> None:
         """Have the gradients of matrices as the method sees them: they are tensors for the preconditioner."""
         k, c = kernels, self._table.coefficients
-        if (c[rows][:, [k.SCALE, k.DECAY]] == (1.0, 0.0)).all():
+        if all(type(scales[i][0]) is float and scales[i] == (1.0, 0.0) for i in rows):
             block.gradients = picked(self._table.gradients, rows)
             return
         xs = effective_gradients(block, picked(scales, rows))
@@ -229,7 +231,7 @@ class FusedPasses:
 
     def _apply(self, rows: list[int], block: Block, vectors: list[Tensor], fresh: Array) -> list[Tensor]:
         """P v for matrices, where the kernels find it."""
-        found = block.precond.apply(block, vectors, torch.tensor(bool(fresh[rows[0]])))
+        found = block.precond.apply(block, vectors, _BOOLS[bool(fresh[rows[0]])])
         return self._table.aligned(rows, found, kernels.HESS)
 
     def _divide(self) -> None:
@@ -254,7 +256,7 @@ class FusedPasses:
             self._divide()
             self._results = []
             for rows, block in self._matrices:
-                block.precond.update(block, secant._replace(finite=torch.tensor(True)))
+                block.precond.update(block, secant._replace(finite=_BOOLS[True]))
                 self._results.append(self._apply(rows, block, block.gradients, fresh))
             return self._table.run(k.OP_PRECONDITION, self._direction)
         if not self._bfgs:

@@ -23,6 +23,47 @@ __all__ = ["Kronecker"]
 _log = logging.getLogger(__name__)
 
 
+@dataclass
+class _Known:
+    """What was found out about gradients while they were learned."""
+
+    rotated: Tensor
+    """Q^T G R."""
+    square: Tensor
+    """The means of its squares."""
+    good: Tensor | None = None
+    """For each whether its squares are finite, bool [n]; None: all."""
+    steps: int | None = None
+    """How many gradients are in the means of squares, where the host knows, and all are good."""
+
+
+@dataclass
+class _Batch:
+    """Matrices of one shape that are worked on at once: [n, rows, columns], or [rows, columns] if it is a single one."""
+
+    indices: list[int]
+    states: list[State]
+    known: _Known | None = None
+    _bases: tuple[Tensor | None, Tensor | None] | None = None
+
+    def bases(self) -> tuple[Tensor | None, Tensor | None]:
+        """Q and R; None where there are none."""
+        if self._bases is None:
+            self._bases = (self._basis("left_basis"), self._basis("right_basis"))
+        return self._bases
+
+    def _basis(self, name: str) -> Tensor | None:
+        return stacked([state[name] for state in self.states]) if name in self.states[0] else None
+
+    def forget(self) -> None:
+        """The bases will change."""
+        self._bases = None
+
+    def spread(self, values: Tensor) -> Tensor:
+        """*values* [n], so that they go with the matrices."""
+        return values[:, None, None] if len(self.states) > 1 else values[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kronecker(MatrixPreconditioner):
     r"""Adam's scaling in the eigenbasis of two running means, of g g^T and of g^T g.
@@ -109,25 +150,29 @@ class Kronecker(MatrixPreconditioner):
     def learn(self, matrices: Matrices, finite: Tensor) -> None:
         """Renew the bases that are due, learn the squares in them, then the means that make the next ones."""
         self._renew_due(matrices, finite)
-        matrices.memo["learned"] = [
-            self._learn(picked(matrices.states, indices), picked(matrices.gradients, indices), finite)
-            for indices in together(matrices.gradients, square=True)
-        ]
+        for batch in self._batches(matrices, matrices.gradients):
+            self._learn(batch, stacked(picked(matrices.gradients, batch.indices)), finite)
 
     def treat(self, matrices: Matrices, vectors: list[Tensor]) -> list[Tensor]:
         """Into the basis, divided, and back; 0 where nothing but a first gradient was learned."""
-        known = matrices.memo.pop("learned", None) if vectors is matrices.gradients else None
         results = list(vectors)
-        for at, indices in enumerate(together(vectors, square=True)):
-            states = picked(matrices.states, indices)
-            if known:
-                rotated, v, good = known[at]
-            else:
-                rotated, v, good = _into(states, stacked(picked(vectors, indices))), _stack(states, "square"), None
-            z = self._out_of(states, self._divided(states, rotated, v, good))
-            for i, own in zip(indices, z.unbind(), strict=True):
+        for batch in self._batches(matrices, vectors):
+            known, batch.known = batch.known if vectors is matrices.gradients else None, None
+            if known is None:
+                rotated = _into(batch, stacked(picked(vectors, batch.indices)))
+                known = _Known(rotated, stacked([state["square"] for state in batch.states]))
+            z = self._out_of(batch, self._divided(batch, known))
+            for i, own in zip(batch.indices, z.unbind() if z.ndim == 3 else [z], strict=True):
                 results[i] = own.view(vectors[i].shape)
         return results
+
+    def _batches(self, matrices: Matrices, vectors: Sequence[Tensor]) -> list[_Batch]:
+        """Which of *matrices* are worked on at once."""
+        if "batches" not in matrices.memo:
+            alike = together(vectors, square=True)
+            matrices.memo["batches"] = [_Batch(indices, picked(matrices.states, indices)) for indices in alike]
+        batches: list[_Batch] = matrices.memo["batches"]
+        return batches
 
     def divided(self, states: Sequence[State], vectors: Sequence[Tensor], foreach: bool) -> list[Tensor]:
         """As the base class; 0 where nothing but a first gradient was learned."""
@@ -139,66 +184,73 @@ class Kronecker(MatrixPreconditioner):
         factor, eps = super().divisor(count)
         return factor, namespace(count).where(count > 1, eps, math.inf)
 
-    def _divided(self, states: Sequence[State], rotated: Tensor, v: Tensor, good: Tensor | None) -> Tensor:
-        """What is *rotated* into the basis, divided; 0 where nothing but a first gradient was learned or it is not *good*."""
-        counts = torch.stack([state["updates"] for state in states])
-        lacking = self.correction(counts - 1).to(v.dtype)[:, None, None]
-        allowed = counts > 1 if good is None else (counts > 1) & good
-        least = one_of(allowed, self.eps, math.inf, v.dtype)[:, None, None]
-        least = least + self.damping / lacking * v.mean((-2, -1), keepdim=True).sqrt_()
-        root = v.sqrt()
+    def _divided(self, batch: _Batch, known: _Known) -> Tensor:
+        """What is rotated into the basis, divided; 0 where nothing but a first gradient was learned or it was not good."""
+        v, root = known.square, known.square.sqrt()
+        mean = v.mean((-2, -1), keepdim=True)
+        if known.steps is not None:  # numbers, which cost less than tensors
+            gain = 1 / math.sqrt(1 - self.beta2**known.steps)
+            root.mul_(gain).add_(mean.sqrt_().mul_(gain * self.damping).add_(self.eps))
+            return torch.div(known.rotated, root, out=root)
+        counts = torch.stack([state["updates"] for state in batch.states])
+        lacking = batch.spread(self.correction(counts - 1).to(v.dtype))
+        allowed = counts > 1 if known.good is None else (counts > 1) & known.good
+        least = batch.spread(one_of(allowed, self.eps, math.inf, v.dtype)) + self.damping / lacking * mean.sqrt_()
         torch.addcmul(least, root, 1 / lacking, out=root)
-        return torch.div(rotated, root, out=root)
+        return torch.div(known.rotated, root, out=root)
 
-    def _learn(
-        self, states: Sequence[State], gradients: Sequence[Tensor], finite: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take gradients of one shape, which are 0 where not *finite*, into the means, in place.
-
-        What they are in the bases, the means of the squares, and for each gradient whether its squares are finite.
-        """
-        g = stacked(gradients)
-        good = torch.isfinite(torch.linalg.vector_norm(g, dim=(-2, -1)).square())
-        learned = finite & good
-        seen = learned & (torch.stack([state["updates"] for state in states]) > 0)
-        rotated, v = _into(states, g), _stack(states, "square")
-        if g.device.type == "cpu" and bool(seen.all()):  # nothing to wait for, and numbers cost less than tensors
+    def _learn(self, batch: _Batch, g: Tensor, finite: Tensor) -> None:
+        """Take gradients of one shape, which are 0 where not *finite*, into the means, in place."""
+        states = batch.states
+        good = torch.isfinite(torch.linalg.vector_norm(g, dim=(-2, -1)).square()).reshape(-1)
+        rotated, v = _into(batch, g), stacked([state["square"] for state in states])
+        known = batch.known = _Known(rotated, v, good)
+        counts = [state["updates"] for state in states]
+        if g.device.type == "cpu" and bool(finite & good.all()) and min(before := [int(n) for n in counts]) > 0:
             v.mul_(self.beta2).addcmul_(rotated, rotated, value=1 - self.beta2)
-            self._learn_means(states, g, self.decay, 1 - self.decay)
+            self._learn_means(batch, g, self.decay, 1 - self.decay)
+            torch._foreach_add_(counts, 1.0)
+            known.steps = before[0] if len(set(before)) == 1 else None
         else:
-            rate = one_of(seen, 1 - self.beta2, 0.0, g.dtype)[:, None, None]
+            learned = finite & good
+            seen = learned & (torch.stack(counts) > 0)
+            rate = batch.spread(one_of(seen, 1 - self.beta2, 0.0, g.dtype))
             part = rotated * rate.sqrt()  # 0 where nothing is learned: no square may overflow
             v.mul_(1 - rate).addcmul_(part, part)
-            rate = one_of(learned, 1 - self.decay, 0.0, g.dtype)[:, None, None]
-            self._learn_means(states, g * rate.sqrt(), 1 - rate, 1.0)
-        _put(states, "square", v)
-        torch._foreach_add_([state["updates"] for state in states], list(learned.unbind()))
-        torch._foreach_add_([state["bad_updates"] for state in states], list((finite & ~good).unbind()))
-        return rotated, v, good
+            rate = one_of(learned, 1 - self.decay, 0.0, g.dtype)
+            self._learn_means(batch, g * batch.spread(rate.sqrt()), 1 - rate, 1.0)
+            torch._foreach_add_(counts, list(learned.unbind()))
+            torch._foreach_add_([state["bad_updates"] for state in states], list((finite & ~good).unbind()))
+        if len(states) > 1:
+            torch._foreach_copy_([_matrix(state["square"]) for state in states], list(v.unbind()))
 
-    def _learn_means(self, states: Sequence[State], g: Tensor, keep: float | Tensor, gain: float) -> None:
-        """left <- keep left + gain g g^T, right <- keep right + gain g^T g."""
+    def _learn_means(self, batch: _Batch, g: Tensor, keep: float | Tensor, gain: float) -> None:
+        """left <- keep left + gain g g^T, right <- keep right + gain g^T g; keep: a number, or one for each."""
         dtype = self._product_type(g)
         x = g if dtype is None else g.to(dtype)
         for name, y in (("left", x), ("right", x.mT)):
-            if name not in states[0]:
+            if name not in batch.states[0]:
                 continue
-            mean = _stack(states, name).mul_(keep)
-            if y.shape[0] > 1:
-                mean.add_(torch.bmm(y, y.mT), alpha=gain)
-            elif dtype is None:
-                symmetric_product(y[0], out=mean[0], base=mean[0], alpha=gain)
-            else:
-                size = y.shape[1]
-                mean[0].add_(symmetric_product(y[0], out=y.new_empty(size, size)), alpha=gain)
-            _put(states, name, mean)
+            means = [state[name] for state in batch.states]
+            if y.device.type != "cpu" and y.ndim == 3:
+                torch._foreach_mul_(means, keep if isinstance(keep, float) else list(keep.unbind()))
+                torch._foreach_add_(means, list((torch.bmm(y, y.mT) * gain).to(g.dtype).unbind()))
+                continue
+            for i, (mean, own) in enumerate(zip(means, y.unbind() if y.ndim == 3 else [y], strict=True)):
+                if not isinstance(keep, float):
+                    mean.mul_(keep[i])
+                beta = keep if isinstance(keep, float) else 1.0
+                if dtype is None:
+                    symmetric_product(own, out=mean, base=mean, beta=beta, alpha=gain)
+                else:
+                    mean.mul_(beta).add_(symmetric_product(own, out=own.new_empty(mean.shape)), alpha=gain)
 
-    def _out_of(self, states: Sequence[State], x: Tensor) -> Tensor:
-        """Q X R^T for each of *x* [n, rows, columns]."""
-        dtype = self._product_type(x)
-        if "left_basis" in states[0]:
-            x = product(_stack(states, "left_basis"), x, dtype=dtype)
-        return product(x, _stack(states, "right_basis").mT, dtype=dtype) if "right_basis" in states[0] else x
+    def _out_of(self, batch: _Batch, x: Tensor) -> Tensor:
+        """Q X R^T for each of *x*."""
+        dtype, (left, right) = self._product_type(x), batch.bases()
+        if left is not None:
+            x = product(left, x, dtype=dtype)
+        return x if right is None else product(x, right.mT, dtype=dtype)
 
     def _product_type(self, matrices: Tensor) -> torch.dtype | None:
         """Of products that need not be exact; None: that of *matrices*."""
@@ -214,6 +266,8 @@ class Kronecker(MatrixPreconditioner):
             return
         counts = torch.stack([torch.stack([state["updates"], state["renewed"]]) for state in states]).tolist()
         waits = []
+        for batch in memo.get("batches", ()):
+            batch.forget()
         for state, (updates, renewed) in zip(states, counts, strict=True):
             if updates >= 1 and (renewed == 0 or updates >= renewed + self.period):
                 self._renew(state, first=renewed == 0, finite=finite)
@@ -257,22 +311,12 @@ class Kronecker(MatrixPreconditioner):
         state["bad_updates"].add_(broken)
 
 
-def _into(states: Sequence[State], x: Tensor) -> Tensor:
-    """Q^T X R for each of *x* [n, rows, columns]."""
-    if "left_basis" in states[0]:
-        x = product(_stack(states, "left_basis").mT, x)
-    return product(x, _stack(states, "right_basis")) if "right_basis" in states[0] else x
-
-
-def _stack(states: Sequence[State], name: str) -> Tensor:
-    """What is called *name* in *states* as [n, rows, columns]; on the memory of the state if it is a single one."""
-    return stacked([state[name] for state in states])
-
-
-def _put(states: Sequence[State], name: str, values: Tensor) -> None:
-    """The reverse of :func:`_stack`."""
-    if len(states) > 1:
-        torch._foreach_copy_([_matrix(state[name]) for state in states], list(values.unbind()))
+def _into(batch: _Batch, x: Tensor) -> Tensor:
+    """Q^T X R for each of *x*."""
+    left, right = batch.bases()
+    if left is not None:
+        x = product(left.mT, x)
+    return x if right is None else product(x, right)
 
 
 def _eigenvectors(mean: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Orthogonal(MatrixPreconditioner):
     shape once.
 
     dtype: of the matrix products; None: float64 for float64 parameters; else bfloat16, but float32 on CPUs without
-    instructions for bfloat16, and on all CPUs for matrices with less than 128 rows or columns. bfloat16 is right to about 1 %
+    instructions for bfloat16, and on all CPUs for matrices with less than 256 rows or columns. bfloat16 is right to about 1 %
     and twice as fast. Where processes on different CPUs share the work, name a type. Matrices of one shape in a group run at
     once. State of a matrix: none; of all else as :class:`AdamDiagonal`.
 
@@ -100,60 +100,68 @@ class Orthogonal(MatrixPreconditioner):
         results = list(vectors)
         for indices in together(vectors):
             given = stacked([vectors[i] for i in indices])
-            scale = self.scale * math.sqrt(max(given.shape[1:]))
-            factors = orthogonalized(given, self.steps, scale=scale, dtype=self.dtype)
-            for i, factor in zip(indices, factors.unbind(), strict=True):
+            scale = self.scale * math.sqrt(max(given.shape[-2:]))
+            found = orthogonalized(given, self.steps, scale=scale, dtype=self.dtype)
+            for i, factor in zip(indices, found.unbind() if found.ndim == 3 else [found], strict=True):
                 results[i] = factor.view(vectors[i].shape)
         return results
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5, *, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    """*scale* times about U V^T for each of *matrices* = U S V^T, [n, rows, columns], by *steps* Newton-Schulz steps.
+    """*scale* times about U V^T for each of *matrices* = U S V^T, [..., rows, columns], by *steps* Newton-Schulz steps.
 
-    The result does not depend on the size of a matrix, however small or large; 0 becomes 0, and what is not finite too. It
-    has the type of *matrices*, float32 or float64. dtype: in which products are taken, see :class:`Orthogonal`.
+    One matrix or one list of such. The result does not depend on the size of a matrix, however small or large; 0 becomes 0,
+    and what is not finite too. It has the type of *matrices*, float32 or float64. dtype: in which products are taken, see
+    :class:`Orthogonal`.
 
-    >>> orthogonalized(torch.tensor([[[3.0, 0.0], [0.0, -2.0]]])).diagonal(dim1=1, dim2=2).sign()
-    tensor([[ 1., -1.]])
+    >>> orthogonalized(torch.tensor([[3.0, 0.0], [0.0, -2.0]])).diagonal().sign()
+    tensor([ 1., -1.])
     """
     x = _normalized(matrices).to(product_type(matrices) if dtype is None else dtype)
-    x = _iterated(x[0], steps)[None] if x.shape[0] == 1 else _iterated_at_once(x, steps)
-    return x.to(matrices.dtype).mul_(scale)
+    if x.ndim == 3 and x.shape[0] == 1:
+        return _iterated(x[0], steps, scale)[None].to(matrices.dtype)
+    return (_iterated(x, steps, scale) if x.ndim == 2 else _iterated_at_once(x, steps, scale)).to(matrices.dtype)
 
 
 def _normalized(matrices: Tensor) -> Tensor:
-    """Each divided by its Frobenius norm; 0 where it is 0 or not finite."""
+    """New matrices, each divided by its Frobenius norm; 0 where it is 0 or not finite."""
+    if matrices.ndim == 2 and matrices.device.type == "cpu":  # where the host may look
+        norm = float(torch.linalg.vector_norm(matrices))
+        if 1e-12 < norm < 1e12:  # no square is too large or too small
+            return matrices * (1 / norm)
     tiny = torch.finfo(matrices.dtype).tiny
     peak = matrices.abs().amax((-2, -1), keepdim=True)  # several times as fast as the norm of that name
     x = (matrices / peak.clamp_(min=tiny)).nan_to_num_(0.0)
     return x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=tiny))
 
 
-def _iterated(x: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz steps on one matrix [rows, columns]."""
+def _iterated(x: Tensor, steps: int, scale: float) -> Tensor:
+    """Newton-Schulz steps on one matrix [rows, columns], which is lost; the result times *scale*."""
     a, b, c = _COEFFICIENTS
     rows, columns = x.shape
     wide, side = rows <= columns, min(rows, columns)
     gram, polynomial, new = x.new_empty(side, side), x.new_empty(side, side), torch.empty_like(x)
-    for _ in range(steps):
+    for step in range(steps):
+        factor = scale if step == steps - 1 else 1.0
         symmetric_product(x if wide else x.mT, out=gram)
         symmetric_product(gram, out=polynomial, base=gram, beta=b, alpha=c)
         if wide:
-            torch.addmm(x, polynomial, x, beta=a, out=new)
+            torch.addmm(x, polynomial, x, beta=factor * a, alpha=factor, out=new)
         else:
-            torch.addmm(x, x, polynomial, beta=a, out=new)
+            torch.addmm(x, x, polynomial, beta=factor * a, alpha=factor, out=new)
         x, new = new, x
     return x
 
 
-def _iterated_at_once(x: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz steps on each of several matrices [n, rows, columns]."""
+def _iterated_at_once(x: Tensor, steps: int, scale: float) -> Tensor:
+    """Newton-Schulz steps on each of several matrices [n, rows, columns]; the results times *scale*."""
     a, b, c = _COEFFICIENTS
     wide = x.shape[1] <= x.shape[2]
-    for _ in range(steps):
+    for step in range(steps):
+        factor = scale if step == steps - 1 else 1.0
         gram = torch.bmm(x, x.mT) if wide else torch.bmm(x.mT, x)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=a)
+        x = torch.baddbmm(x, *((polynomial, x) if wide else (x, polynomial)), beta=factor * a, alpha=factor)
     return x
 
 
