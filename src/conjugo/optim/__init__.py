@@ -25,7 +25,7 @@ from conjugo.optim.lamb import LAMB
 from conjugo.optim.lars import LARS
 from conjugo.optim.nlcg import NLCG
 from conjugo.optim.orthogonal import Orthogonal
-from conjugo.optim.roles import parameter_groups, roles
+from conjugo.optim.parameter_roles import parameter_groups, roles
 from conjugo.optim.small_loss import DiscardSmallLoss
 
 __all__ = [
