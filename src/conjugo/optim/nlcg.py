@@ -28,9 +28,9 @@ from conjugo.optim.curvature_preconditioners import CurvatureDiagonal, GaussNewt
 from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.line_search import LineSearch
 from conjugo.optim.orthogonal import Orthogonal
+from conjugo.optim.parameter_roles import parameter_groups
 from conjugo.optim.preconditioners import Block, DiagonalBFGS, Identity, Preconditioner, Secant
 from conjugo.optim.probed_steps import NAMES, Parabola, ProbedStep, Subspace
-from conjugo.optim.parameter_roles import parameter_groups
 from conjugo.optim.step_sizes import Constant, StepSize, Verdict
 
 __all__ = ["NLCG", "lars_scale"]
