@@ -121,7 +121,7 @@ def test_shards_of_one_rank_are_whole(name, alone):
 
 SHAPES = [(6, 5), (), (5, 2, 3), (7,), (2, 9), (4, 4)]
 """A scalar, which is never cut, between matrices; fewer rows than ranks; a square, whose factors look like it."""
-PLACES = ["whole", "slices", "fsdp", "tensor parallel", "mixed with whole", "hsdp"]
+PLACES = ["whole", "slices", "fsdp", "tensor parallel", "mixed with whole", "mixed meshes", "hsdp"]
 GROUPS = {
     "one group": lambda ps: [{"params": ps}],
     "two groups": lambda ps: [{"params": ps[::2]}, {"params": ps[1::2], "beta_max": 0.5}],
@@ -158,7 +158,7 @@ def parameters(layout, dtype=torch.float64):
 def go(optimizer, params, layout, steps):
     """Take *steps* with gradients that do not depend on the parameters."""
     for step in steps:
-        for p, g in zip(params, laid_out(values(100 + step, params[0].dtype), layout), strict=True):
+        for p, g in zip(params, laid_out(values(100 + step, params[0].dtype), layout)):
             p.grad = g
         optimizer.step()
     return [p.clone() for p in entire(params)]
@@ -178,12 +178,16 @@ def steps_of_one_process():
     return {dtype: walks("whole", None, dtype) for dtype in (torch.float64, torch.bfloat16)}
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("layout", PLACES)
+WORLDS = [
+    pytest.param(world, layout, marks=pytest.mark.slow if world == 2 and layout not in ("whole", "slices") else [])
+    for layout in PLACES
+    for world in ((2, 4) if layout == "mixed meshes" else (4,) if layout == "hsdp" else (2, 3))
+]
+
+
+@pytest.mark.parametrize(("world", "layout"), WORLDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_every_layout_takes_the_steps_of_one_process(world, layout, dtype, steps_of_one_process):
-    if layout == "hsdp" and world < 4:
-        pytest.skip("replicas of two shards")
     everyone = ranks.run(world, walks, layout, True, dtype)
     for name, wanted in steps_of_one_process[dtype].items():
         for rank in everyone:
@@ -215,11 +219,40 @@ def resumed(layout, spread, dtype):
     return good
 
 
-@pytest.mark.parametrize("layout", PLACES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_resumed_run_is_the_same_run_bit_for_bit(layout, dtype):
-    for good in ranks.run(4 if layout == "hsdp" else 3, resumed, layout, True, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        pytest.param(dtype, layout, marks=pytest.mark.slow if at and layout != "fsdp" else [])
+        for at, dtype in enumerate((torch.float64, torch.bfloat16))
+        for layout in PLACES
+    ],
+)
+def test_a_resumed_run_is_the_same_run_bit_for_bit(dtype, layout):
+    for good in ranks.run(4 if layout in ("hsdp", "mixed meshes") else 2, resumed, layout, True, dtype):
         assert all(good.values()), [at for at, same in good.items() if not same]
+
+
+def interrupted(layout):
+    """A group that joins later; and whether state that was loaded stays what it is until the next step."""
+    params = parameters(layout)
+    optimizer = made(layout, "kron", True, params[:3])
+    go(optimizer, params[:3], layout, range(4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.add_param_group({"params": params[3:]})
+    found = go(optimizer, params, layout, range(4, 8))
+    first = made(layout, "kron", True, params[:3])
+    go(first, params[:3], layout, range(2))
+    first.load_state_dict(saved)
+    pairs = [(saved["state"][i], s) for i, s in first.state_dict()["state"].items()]
+    return found, all(torch.equal(to_local(a[name]), to_local(b[name])) for a, b in pairs for name in a)
+
+
+@pytest.mark.parametrize("layout", ["whole", "slices", "fsdp"])
+def test_groups_that_join_and_state_that_is_loaded(layout):
+    wanted, _ = interrupted("whole")
+    for found, same in ranks.run(2, interrupted, layout):
+        assert same
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
 
 
 def counted(layout, spread):
