@@ -297,7 +297,8 @@ class Kronecker(MatrixPreconditioner):
                 new = _orthonormalized(turned[:, order])
                 v = v.index_select(dim, order)
             some = some & (peak > 0)
-            sound = sound & torch.isfinite(mean).all() & torch.isfinite(new).all()
+            # All are at most 1, so that the sum is finite where they are; to look at each takes longer than all else here.
+            sound = sound & torch.isfinite(scaled.sum() + new.sum())
             changes += [(mean, mean, torch.zeros_like(peak)), (basis, new, torch.eye(len(new)).to(new))]
         found, broken = some & sound, finite & ~sound
         zero = torch.zeros_like(state["updates"])
@@ -306,8 +307,16 @@ class Kronecker(MatrixPreconditioner):
             (state["renewed"], state["updates"].clone(), zero),
             (state["updates"], state["updates"], zero),
         ]
-        for old, new, start in changes:
-            old.copy_(torch.where(found, new, torch.where(broken, start, old)))
+        if v.device.type != "cpu":
+            for old, new, start in changes:
+                old.copy_(torch.where(found, new, torch.where(broken, start, old)))
+        elif bool(found):
+            for old, new, _ in changes:
+                if new is not old:
+                    old.copy_(new)
+        elif bool(broken):
+            for old, _, start in changes:
+                old.copy_(start)
         state["bad_updates"].add_(broken)
 
 
