@@ -131,6 +131,13 @@ def test_mu_has_a_limit_and_alpha_is_the_best_for_it():
     assert (alpha, mu) == (2.25, 1.0)
 
 
+@pytest.mark.parametrize(("minimum", "factor"), [(0.0, 0.5), (0.5625, 0.25), (-2.0, 1.0), (2.0, 1.0), (-math.inf, 1.0)])
+def test_the_loss_does_not_fall_below_its_minimum(minimum, factor):
+    plane = Plane(gz=4.0, gu=-1.0, zz=4.0, zu=0.0, uu=2.0)  # alpha = 1, mu = 0.5, slope -4.5
+    found = Subspace(damping=0.0, minimum=minimum).solve(plane, last=0.0, loss=1.125)
+    assert found == pytest.approx((factor, factor / 2))
+
+
 # Options -----------------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +150,7 @@ def test_mu_has_a_limit_and_alpha_is_the_best_for_it():
         (partial(Subspace, fraction=0.0), r"Subspace: fraction must be in \(0, 1\], got 0.0"),
         (partial(Subspace, damping=-1.0), r"Subspace: damping must be in \[0, inf\), got -1.0"),
         (partial(Subspace, mu_max=0.0), "Subspace: mu_max must be above 0, got 0.0"),
+        (partial(Subspace, minimum=math.inf), "Subspace: minimum must be below inf, got inf"),
         (partial(Subspace, initial=math.inf), r"Subspace: initial must be in \(0, inf\), got inf"),
     ],
 )

@@ -83,9 +83,21 @@ class ProbedPasses(TensorPasses):
         return rule.search(alpha, loss=loss, slope=slope, trial=trial, eps=lambda: batch.eps)
 
     def subspace(
-        self, rule: Subspace, alpha: float, batch: ObservedBatch, objective: Objective, space: ParamSpace, tau: Tensor
+        self,
+        rule: Subspace,
+        alpha: float,
+        batch: ObservedBatch,
+        objective: Objective,
+        space: ParamSpace,
+        *,
+        loss: float,
+        tau: Tensor,
     ) -> tuple[float, float]:
         """The coefficients of -z and of the last update *tau* d."""
+        loss *= objective.sign
+        if any(objective.decays):
+            ps = self._parameters()
+            loss += float(space.reduce(self._decayed(ps, ps, objective)[None]).sum()) / 2
         us = []
         for start, block in self._blocks:
             ds = [d.clone() for d in block.state("direction")]
@@ -109,7 +121,7 @@ class ProbedPasses(TensorPasses):
         zz += objective.sign * found[0][0]
         if size_u > 0:
             zu, uu = zu + objective.sign * found[0][1], uu + objective.sign * found[1][1]
-        return rule.solve(Plane(gz, gu, zz, zu, uu), last=alpha)
+        return rule.solve(Plane(gz, gu, zz, zu, uu), last=alpha, loss=loss)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 

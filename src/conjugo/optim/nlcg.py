@@ -730,7 +730,7 @@ class NLCG(ScopedOptimizer):
         alpha, extra = (self._of_eldest(column, columns[0]) for column in self._rule_state(columns))
         last = float(alpha[0])
         if isinstance(rule, Subspace):
-            found, mu = passes.subspace(rule, last, batch, objective, self._space, tau)
+            found, mu = passes.subspace(rule, last, batch, objective, self._space, loss=float(loss), tau=tau)
             beta, along = mu * tau / found, found
             gd, dd = passes.turn(beta).T
         else:

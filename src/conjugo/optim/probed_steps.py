@@ -171,12 +171,17 @@ class Subspace(ProbedStep):
     * Without positive curvature along z, or with one that is not finite, :math:`\mu = 0` and :math:`\alpha` is what it was
       in the step before (*initial* in the first one).
 
-    The curvature of a coupled weight decay is added.
+    * v is shortened where :math:`-\langle g, v \rangle > 2 (f - m)`, m = *minimum*: a quadratic that is nowhere below m does
+      not fall as steeply. It happens where the part of the batch is fitted and the whole is not; without it small parts let
+      training diverge.
+
+    The curvature of a coupled weight decay is added, and the decay to f.
 
     Args:
         fraction: of the examples of each rank, on which G is taken, in (0, 1].
         damping: added to the diagonal of the 2x2 matrix, relative to it, at least 0.
         mu_max: above 0.
+        minimum: a lower bound of the loss. It is disregarded where the loss is below; -infinity: none.
         initial: see above.
 
     Raises:
@@ -192,6 +197,9 @@ class Subspace(ProbedStep):
     fraction: float = 0.25
     damping: float = 1e-3
     mu_max: float = 1.0
+    minimum: float = 0.0
+
+    needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the options; raises ``ValueError``."""
@@ -199,9 +207,17 @@ class Subspace(ProbedStep):
         check(0 < self.fraction <= 1, "Subspace", "fraction", self.fraction, "in (0, 1]")
         check(0 <= self.damping < math.inf, "Subspace", "damping", self.damping, "in [0, inf)")
         check(self.mu_max > 0, "Subspace", "mu_max", self.mu_max, "above 0")
+        check(self.minimum < math.inf, "Subspace", "minimum", self.minimum, "below inf")
 
-    def solve(self, plane: Plane, *, last: float) -> tuple[float, float]:
+    def solve(self, plane: Plane, *, last: float, loss: float = math.inf) -> tuple[float, float]:
         """The coefficients of -z, above 0, and of u. last: the one of -z in the step before; 0: none yet."""
+        alpha, mu = self._lowest(plane, last)
+        fall, most = alpha * plane.gz - mu * plane.gu, 2 * (loss - self.minimum)
+        factor = most / fall if fall > most > 0 else 1.0
+        return factor * alpha, factor * mu
+
+    def _lowest(self, plane: Plane, last: float) -> tuple[float, float]:
+        """:meth:`solve` where the loss has no lower bound."""
         gz, gu, zz, zu, uu = plane
         zz, uu = (1 + self.damping) * zz, (1 + self.damping) * uu
         alone = gz / zz if zz > 0 else math.nan
