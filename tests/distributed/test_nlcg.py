@@ -77,7 +77,7 @@ def entire(tensors):
 def optimizer_of(params, options):
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], "beta_max": 0.9}]
-    return NLCG(groups, **{"lr": 0.05} | options)
+    return NLCG(groups, **{"lr": 0.05, "precond": "bfgs"} | options)
 
 
 def train(params, layout, optimizer, steps):
@@ -374,7 +374,7 @@ def fitted(kind, steps, options):
 )
 @pytest.mark.parametrize("options", [{}, {"line_search": "online", "lr": 1.0}, {"shard_state": True}], ids=str)
 def test_models_train_as_in_one_process(kind, world, options):
-    options = {"lr": 0.4} | options
+    options = {"lr": 0.4, "precond": "bfgs"} | options
     wanted, _ = fitted("alone", 50, options)
     everyone = ranks.run(world, fitted, kind, 50, options)
     assert min(wanted) < 0.5 * wanted[0]
