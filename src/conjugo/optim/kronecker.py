@@ -294,7 +294,7 @@ class Kronecker(MatrixPreconditioner):
             else:
                 turned = scaled @ basis
                 order = (basis * turned).sum(0).argsort(descending=True, stable=True)
-                new = _orthonormalized(turned[:, order])
+                new = _orthonormalized(turned.index_select(1, order))
                 v = v.index_select(dim, order)
             some = some & (peak > 0)
             # All are at most 1, so that the sum is finite where they are; to look at each takes longer than all else here.
