@@ -17,8 +17,9 @@ TYPES = (torch.bfloat16, torch.float32, torch.float64)
 """In which products may be taken."""
 BLOCK = 256
 """Least side of a block that is worth a call of its own."""
-LEAST = 256
-"""Least rows and columns for which a CPU takes products in bfloat16: with half as many they take no less time."""
+LEAST = 2**22
+"""Least rows * columns * smaller one of these for which a CPU takes products in bfloat16: with half of it they take no less
+time."""
 BATCH = 2**22
 """Most values of matrices of one shape that are worked on at once; it bounds temporary memory."""
 BATCH_ON_CPU = 2**18
@@ -52,7 +53,8 @@ def product_type(matrices: Tensor) -> torch.dtype:
     """In which type products of *matrices* [..., rows, columns] are taken by default, see :class:`Orthogonal`."""
     if matrices.dtype == torch.float64:
         return torch.float64
-    if matrices.device.type == "cpu" and not (min(matrices.shape[-2:]) >= LEAST and _multiplies_bfloat16()):
+    rows, columns = matrices.shape[-2:]
+    if matrices.device.type == "cpu" and not (rows * columns * min(rows, columns) >= LEAST and _multiplies_bfloat16()):
         return matrices.dtype
     return torch.bfloat16
 
