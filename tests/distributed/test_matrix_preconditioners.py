@@ -237,9 +237,12 @@ def interrupted(layout):
     params = parameters(layout)
     optimizer = made(layout, "kron", True, params[:3])
     go(optimizer, params[:3], layout, range(4))
-    saved = copy.deepcopy(optimizer.state_dict())
     optimizer.add_param_group({"params": params[3:]})
     found = go(optimizer, params, layout, range(4, 8))
+    params = parameters(layout)
+    optimizer = made(layout, "kron", True, params[:3])
+    go(optimizer, params[:3], layout, range(4))
+    saved = copy.deepcopy(optimizer.state_dict())
     first = made(layout, "kron", True, params[:3])
     go(first, params[:3], layout, range(2))
     first.load_state_dict(saved)
@@ -255,19 +258,19 @@ def test_groups_that_join_and_state_that_is_loaded(layout):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
 
 
-def counted(layout, spread):
+def counted(layout, spread, name="orthogonal"):
     """What this rank orthogonalises in a step, the collectives, and how much of the state it keeps."""
     calls = []
     inner = orthogonal.orthogonalized
 
     def spy(matrices, *args, **options):
-        calls.extend([tuple(matrices.shape[1:])] * len(matrices))
+        calls.extend([tuple(matrices.shape[-2:])] * math.prod(matrices.shape[:-2]))
         return inner(matrices, *args, **options)
 
     orthogonal.orthogonalized = spy
     try:
         params = parameters(layout)
-        optimizer = made(layout, "orthogonal", spread, params)
+        optimizer = made(layout, name, spread, params)
         go(optimizer, params, layout, [0])
         calls.clear()
         with CommDebugMode() as mode:
@@ -288,6 +291,14 @@ def test_each_matrix_is_worked_on_by_one_rank_and_all_travel_together(layout):
     assert exchanges == [0 if layout == "whole" else 2] * 2
     for calls, _ in ranks.run(2, counted, layout, False):
         assert len(calls) == 4 if layout == "whole" else len(calls) == 2
+
+
+@pytest.mark.parametrize("layout", ["whole", "fsdp"])
+def test_matrices_with_scalars_of_their_own_are_shared_out_evenly_too(layout):
+    everyone = ranks.run(2, counted, layout, True, "orthogonal, tensor")
+    works = [sum(math.prod(shape) for shape in calls) for calls, _ in everyone]
+    assert sum(works) == 94
+    assert min(works) >= 46
 
 
 def kept():
