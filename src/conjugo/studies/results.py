@@ -60,7 +60,7 @@ class CompareConfig:
     """
 
     train: TrainConfig
-    optimizers: tuple[str, ...] = ("nlcg", "sgd", "momentum", "nesterov", "adamw", "lars", "lamb")
+    optimizers: tuple[str, ...] = ("nlcg-orthogonal", "nlcg", "sgd", "momentum", "adamw", "muon", "lars", "lamb")
     batch_sizes: tuple[int | Literal["full"], ...]
     trials: int = 10
     seeds: int = 3
