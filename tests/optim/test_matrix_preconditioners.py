@@ -598,6 +598,29 @@ def test_products_for_means_and_results_may_be_in_bfloat16(monkeypatch, dtype):
         assert torch.equal(state["square"], other["square"])
 
 
+@pytest.mark.parametrize("kind", ["orthogonal", "kron"])
+def test_where_the_host_must_not_look_the_steps_are_the_same(kind, monkeypatch):
+    """The way of accelerators, on the CPU; also of gradients that are left out, and of what is not finite."""
+    shapes = [(20, 20)] * 3 + [(17, 17), (18, 6, 3)]
+    steps, results = gradients(shapes, 8), []
+    for here in (True, False):
+        if not here:
+            for module in (_matrix_products, kronecker, orthogonal):
+                monkeypatch.setattr(module, "on_host", lambda tensor: False)
+        params = parameters(shapes)
+        precond = Kronecker(period=2) if kind == "kron" else Orthogonal()
+        optimizer = NLCG(params, lr=0.1, beta_max=0.9, precond=precond, fused=here)
+        run(optimizer, params, steps[:5])
+        if kind == "kron":  # found out in the next step, when the bases are due
+            optimizer.state[params[1]]["left"][1, 2] = math.nan
+            optimizer.state[params[3]]["right_basis"][1, 2] = math.nan
+        run(optimizer, params, steps[5:])
+        results.append([[p.detach() for p in params], list(optimizer.state.values())])
+        if kind == "kron":
+            assert [state["bad_updates"].item() for state in results[-1][1]] == [0, 1, 0, 1, 0]
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
+
+
 def test_many_small_matrices_are_worked_on_at_once(monkeypatch):
     """The same as one by one."""
     shapes, results = [(6, 6)] * 3 + [(4, 4), (6, 6)], []

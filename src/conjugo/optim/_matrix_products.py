@@ -11,15 +11,14 @@ from torch import Tensor
 
 from conjugo.optim.matrix_preconditioners import shape_of
 
-__all__ = ["TYPES", "product", "product_type", "stacked", "symmetric_product", "together"]
+__all__ = ["TYPES", "on_host", "product", "product_type", "stacked", "symmetric_product", "together"]
 
 TYPES = (torch.bfloat16, torch.float32, torch.float64)
 """In which products may be taken."""
 BLOCK = 256
 """Least side of a block that is worth a call of its own."""
 LEAST = 2**22
-"""Least rows * columns * smaller one of these for which a CPU takes products in bfloat16: with half of it they take no less
-time."""
+"""Least rows * columns * smaller one of these for products in bfloat16: on a CPU, with half of it they take no less time."""
 BATCH = 2**22
 """Most values of matrices of one shape that are worked on at once; it bounds temporary memory."""
 BATCH_ON_CPU = 2**18
@@ -36,7 +35,7 @@ def together(vectors: Sequence[Tensor], *, square: bool = False) -> list[list[in
         alike[shape_of(vector)].append(i)
     batches = []
     for (rows, columns), indices in alike.items():
-        most = BATCH_ON_CPU if vectors[indices[0]].device.type == "cpu" else BATCH
+        most = BATCH_ON_CPU if on_host(vectors[indices[0]]) else BATCH
         size = max(rows, columns) ** 2 if square else rows * columns
         at_once = max(1, most // size)
         batches += [indices[start : start + at_once] for start in range(0, len(indices), at_once)]
@@ -54,9 +53,13 @@ def product_type(matrices: Tensor) -> torch.dtype:
     if matrices.dtype == torch.float64:
         return torch.float64
     rows, columns = matrices.shape[-2:]
-    if matrices.device.type == "cpu" and not (rows * columns * min(rows, columns) >= LEAST and _multiplies_bfloat16()):
-        return matrices.dtype
-    return torch.bfloat16
+    large = rows * columns * min(rows, columns) >= LEAST
+    return torch.bfloat16 if large and (not on_host(matrices) or _multiplies_bfloat16()) else matrices.dtype
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether *tensor* is where to look at values costs nothing and calls are made one after the other."""
+    return tensor.device.type == "cpu"
 
 
 @functools.cache
@@ -81,7 +84,7 @@ def symmetric_product(
     the limit of large n. Not so on an accelerator, where it would be several calls that wait for each other.
     """
     half = x.shape[0] // 2
-    if half < BLOCK or x.device.type != "cpu":
+    if half < BLOCK or not on_host(x):
         _product(x, x, out, base, beta, alpha)
         return out
     upper, lower = slice(None, half), slice(half, None)

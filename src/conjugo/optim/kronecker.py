@@ -14,7 +14,7 @@ from torch import Tensor
 from conjugo._tensors import Array, namespace
 from conjugo.errors import check
 from conjugo.optim._base import state_dtype
-from conjugo.optim._matrix_products import TYPES, product, product_type, stacked, symmetric_product, together
+from conjugo.optim._matrix_products import TYPES, on_host, product, product_type, stacked, symmetric_product, together
 from conjugo.optim.adaptive_preconditioner import State, counter, one_of
 from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, picked, shape_of
 
@@ -206,7 +206,7 @@ class Kronecker(MatrixPreconditioner):
         rotated, v = _into(batch, g), stacked([state["square"] for state in states])
         known = batch.known = _Known(rotated, v, good)
         counts = [state["updates"] for state in states]
-        if g.device.type == "cpu" and bool(finite & good.all()) and min(before := [int(n) for n in counts]) > 0:
+        if on_host(g) and bool(finite & good.all()) and min(before := [int(n) for n in counts]) > 0:
             v.mul_(self.beta2).addcmul_(rotated, rotated, value=1 - self.beta2)
             self._learn_means(batch, g, self.decay, 1 - self.decay)
             torch._foreach_add_(counts, 1.0)
@@ -232,7 +232,7 @@ class Kronecker(MatrixPreconditioner):
             if name not in batch.states[0]:
                 continue
             means = [state[name] for state in batch.states]
-            if y.device.type != "cpu" and y.ndim == 3:
+            if y.ndim == 3 and not on_host(y):
                 torch._foreach_mul_(means, keep if isinstance(keep, float) else list(keep.unbind()))
                 torch._foreach_add_(means, list((torch.bmm(y, y.mT) * gain).to(g.dtype).unbind()))
                 continue
@@ -307,7 +307,7 @@ class Kronecker(MatrixPreconditioner):
             (state["renewed"], state["updates"].clone(), zero),
             (state["updates"], state["updates"], zero),
         ]
-        if v.device.type != "cpu":
+        if not on_host(v):
             for old, new, start in changes:
                 old.copy_(torch.where(found, new, torch.where(broken, start, old)))
         elif bool(found):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conjugo.errors import check
-from conjugo.optim._matrix_products import TYPES, product_type, stacked, symmetric_product, together
+from conjugo.optim._matrix_products import TYPES, on_host, product_type, stacked, symmetric_product, together
 from conjugo.optim.adaptive_preconditioner import State
 from conjugo.optim.matrix_preconditioners import Matrices, MatrixPreconditioner, is_count, shape_of
 
@@ -45,10 +45,10 @@ class Orthogonal(MatrixPreconditioner):
     scaling for all else. max_dim: a matrix with more rows or columns gets Adam's scaling too; >= 1. A process logs such a
     shape once.
 
-    dtype: of the matrix products; None: float64 for float64 parameters; else bfloat16, but float32 on CPUs without
-    instructions for bfloat16, and on all CPUs for matrices smaller than about 128 x 256 or 160 x 160, where it saves no time.
-    bfloat16 is right to about 1 %, and takes half the time for large ones. Where processes on different CPUs share the work,
-    name a type. Matrices of one shape in a group run at once. State of a matrix: none; of all else as :class:`AdamDiagonal`.
+    dtype: of the matrix products; None: float64 for float64 parameters; else bfloat16, but float32 for matrices smaller than
+    about 128 x 256 or 160 x 160, where it saves no time, and on CPUs without instructions for it. bfloat16 is right to about
+    1 %, and takes half the time for large ones. Where processes on different CPUs share the work, name a type. Matrices of one
+    shape in a group run at once. State of a matrix: none; of all else as :class:`AdamDiagonal`.
 
     Sources: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the scale: J. Liu et al.,
     "Muon is Scalable for LLM Training", arXiv:2502.16982.
@@ -125,7 +125,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5, *, scale: float = 1.0, dtyp
 
 def _normalized(matrices: Tensor) -> Tensor:
     """New matrices, each divided by its Frobenius norm; 0 where it is 0 or not finite."""
-    if matrices.ndim == 2 and matrices.device.type == "cpu":  # where the host may look
+    if matrices.ndim == 2 and on_host(matrices):
         norm = float(torch.linalg.vector_norm(matrices))
         if 1e-12 < norm < 1e12:  # no square is too large or too small
             return matrices * (1 / norm)
