@@ -91,6 +91,11 @@ class Orthogonal(MatrixPreconditioner):
         """Nothing."""
         return {}
 
+    def cost(self, rows: int, columns: int) -> float:
+        """The products of the Newton-Schulz steps."""
+        low, high = sorted((rows, columns))
+        return self.steps * (4.0 * low**2 * high + 2.0 * low**3)
+
     def treats(self, state: State) -> bool:
         """A matrix has no mean of squares."""
         return "square" not in state
