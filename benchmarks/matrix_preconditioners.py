@@ -25,19 +25,21 @@ SHAPES: dict[str, Sequence[tuple[int, int]]] = {
 CASES: dict[str, Factory] = {
     "Muon": lambda p: torch.optim.Muon(p, lr=1e-3),
     "orthogonal": lambda p: NLCG(p, lr=1e-3, beta_max=0.9, precond=Orthogonal(matrices=_all)),
-    "orthogonal, bfloat16": lambda p: NLCG(
-        p, lr=1e-3, beta_max=0.9, precond=Orthogonal(matrices=_all, dtype=torch.bfloat16)
+    "orthogonal, float32": lambda p: NLCG(
+        p, lr=1e-3, beta_max=0.9, precond=Orthogonal(matrices=_all, dtype=torch.float32)
     ),
     "SOAP": lambda p: importlib.import_module("pytorch_optimizer").SOAP(p, lr=1e-3, precondition_frequency=10),
     "kron": lambda p: NLCG(p, lr=1e-3, beta_max=0.9, precond=Kronecker(period=10)),
+    "kron, float32": lambda p: NLCG(p, lr=1e-3, beta_max=0.9, precond=Kronecker(period=10, dtype=torch.float32)),
     "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
     "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
     "adam": lambda p: NLCG(p, lr=1e-3, beta_max=0.9, precond="adam"),
 }
 PAIRS = [
     ("orthogonal", "Muon"),
-    ("orthogonal, bfloat16", "Muon"),
+    ("orthogonal, float32", "Muon"),
     ("kron", "SOAP"),
+    ("kron, float32", "SOAP"),
     ("adam", "AdamW, foreach"),
     ("adam", "AdamW, fused"),
 ]
