@@ -97,5 +97,11 @@ class Regression:
         self.bias = nn.Parameter(torch.zeros(3, dtype=dtype))
         self.params = [self.weight, self.bias]
 
+    def batch(self) -> tuple[nn.Module, Any, Tensor, Tensor]:
+        """Model, loss, inputs and targets, for optimizers that want them."""
+        model = nn.Linear(4, 3)
+        model.weight, model.bias = self.weight, self.bias
+        return model, nn.functional.mse_loss, self.inputs, self.targets
+
     def loss(self) -> Tensor:
         return (self.inputs @ self.weight.T + self.bias - self.targets).square().mean()

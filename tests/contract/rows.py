@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm
@@ -16,6 +17,7 @@ from conjugo.optim._fused import kernels
 from conjugo.optim.curvature_preconditioners import Hutchinson
 from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.orthogonal import Orthogonal
+from conjugo.optim.probed_steps import Parabola, Subspace
 
 CLAUSES = {
     "state from the start": "all state is allocated by the constructor",
@@ -29,6 +31,7 @@ CLAUSES = {
     "no host": "a step reads no value from the device on the host",
     "size counts at once": "the first step depends on the size of the gradient",
     "moves at once": "the first step moves the parameters",
+    "groups apart": "options of a group do not change the first step of another",
     "stays close": "numbers that are rounded otherwise (another type, another order of sums) change results as little",
 }
 """The clauses from which a row may be exempt."""
@@ -63,14 +66,53 @@ class Row:
     def make(self, params: Any, **options: Any) -> Optimizer:
         return self.factory(params, **{"lr": self.lr, **self.options, **options})
 
-    def step(self, optimizer: Optimizer, loss: torch.Tensor | float = 1.0) -> None:
-        """One step; the gradients are there."""
+    def step(
+        self, optimizer: Optimizer, loss: torch.Tensor | float = 1.0, batch: tuple[Any, ...] | None = None
+    ) -> None:
+        """One step; the gradients are there. batch: where they come from."""
         if self.needs_graph:
             _grow_graphs(optimizer)
         if self.needs_curvature and optimizer.needs_curvature:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             optimizer.observe([torch.full_like(p, 2 + 2j if p.is_complex() else 2.0) for p in params])
+        if getattr(optimizer, "needs_batch", False):
+            loss = -loss if optimizer.param_groups[0].get("maximize") else loss
+        self.show(optimizer, loss, batch)
         optimizer.step(**({"loss": loss} if self.needs_loss else {}))
+
+    def show(
+        self, optimizer: Optimizer, loss: torch.Tensor | float = 1.0, batch: tuple[Any, ...] | None = None
+    ) -> None:
+        """Hand over the batch of the next step, if the optimizer wants it."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if getattr(optimizer, "needs_batch", False) and any(p.grad is not None for p in params):
+            sign = -1 if optimizer.param_groups[0].get("maximize") else 1
+            model = _Quadratic(params, loss, sign)
+            optimizer.observe_batch(*(batch or (model, model.loss, torch.zeros(1))))
+
+
+class _Quadratic(nn.Module):
+    """A loss with the value *loss*, the gradients that the parameters have, and curvature 2 *sign*."""
+
+    def __init__(self, params: Sequence[torch.Tensor], loss: torch.Tensor | float, sign: int) -> None:
+        super().__init__()
+        self.params = nn.ParameterList(params)
+        self.used = [p for p in params if p.grad is not None]
+        self.value = float(loss)
+        self.sign = sign
+        self.start = self(None).detach().clone()
+        self.slope = torch.cat([_flat(p.grad.detach()) for p in self.used])
+
+    def forward(self, _: Any) -> torch.Tensor:
+        return torch.cat([_flat(p) for p in self.used])
+
+    def loss(self, outputs: torch.Tensor, _: Any) -> torch.Tensor:
+        moved = outputs - self.start.to(outputs.dtype)
+        return self.value + (self.slope * moved).sum() + self.sign * moved.square().sum()
+
+
+def _flat(p: torch.Tensor) -> torch.Tensor:
+    return (torch.view_as_real(p) if p.is_complex() else p).flatten()
 
 
 def _grow_graphs(optimizer: Optimizer) -> None:
@@ -284,6 +326,21 @@ _KRON = {
 }
 
 
+_PROBED = {
+    "lr": 1.0,
+    "implementations": _LISTS,
+    "exempt": {
+        "gradients will do": "they want the batch",
+        "no host": "the host decides on the step size",
+        "groups apart": "there is one step size for all",
+    },
+}
+_PARABOLA = {
+    **_PROBED,
+    "exempt": {**_PROBED["exempt"], "stays close": "a trial is rounded to the type of the parameters"},
+}
+
+
 def _cblr(
     name: str, vectors: int, *, needs_graph: bool = False, exempt: Mapping[str, str] | None = None, **options: Any
 ) -> Row:
@@ -436,4 +493,8 @@ ROWS = (
         **_KRON,
     ),
     _nlcg("kron pr decay", 3, precond=Kronecker(matrices=two_dimensional), rule="pr", weight_decay=1e-4, **_KRON),
+    _nlcg("parabola", 1, precond="none", line_search="parabola", **_PARABOLA),
+    _nlcg("parabola bfgs decay", 3, line_search=Parabola(growth=3.0), precond="bfgs", weight_decay=1e-4, **_PARABOLA),
+    _nlcg("subspace", 1, precond="none", line_search="subspace", **_PROBED),
+    _nlcg("subspace adam", 2, precond="adam", line_search=Subspace(fraction=1.0), **_PROBED),
 )
