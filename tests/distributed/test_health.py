@@ -21,7 +21,7 @@ from conjugo._space import to_local
 from conjugo.distributed import ReplicaCheck, StragglerMonitor, share
 from conjugo.distributed.health import fingerprint
 from conjugo.errors import ReplicasDiffer
-from conjugo.optim import NLCG
+from conjugo.optim import NLCG, Kronecker
 
 HOST = socket.gethostname()
 TYPES = [
@@ -269,6 +269,25 @@ def test_no_false_alarm(world, layout, steps):
     for collectives, sets in ranks.run(world, training, layout, steps):
         assert sets == 1
         assert collectives == (1 if layout == "ddp" else 2)  # with shards all have to be told
+
+
+def owned(steps):
+    """Training where the state of matrices is up to date with their owners only."""
+    model = wrapped("ddp")
+    optimizer = NLCG(model.parameters(), lr=0.01, precond=Kronecker(spread=True))
+    watch = ReplicaCheck(model, every=2, optimizer=optimizer)
+    x, y = (share(t, dist.get_rank(), dist.get_world_size()) for t in examples(8))
+    for _ in range(steps):
+        model.zero_grad()
+        cross_entropy(model, (x, y)).backward()
+        optimizer.step()
+        watch.after_step()
+    watch.finish()
+    return True
+
+
+def test_no_false_alarm_where_ranks_own_matrices():
+    assert ranks.run(2, owned, 6) == [True, True]
 
 
 def test_alone_nothing_is_done():

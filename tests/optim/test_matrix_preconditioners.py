@@ -19,7 +19,7 @@ from conjugo.optim.kronecker import Kronecker
 from conjugo.optim.orthogonal import Orthogonal, orthogonalized
 
 BAND = (0.65, 1.25)
-"""Where five Newton-Schulz steps bring singular values that are at least 1/1000 of the norm."""
+"""Where five Newton-Schulz steps bring singular values that are at least 1/700 of the norm."""
 
 
 def everything(p):

@@ -33,6 +33,9 @@ def test_the_paired_test_is_that_of_scipy():
     assert paired(a, b) == pytest.approx(float(stats.ttest_rel(a, b).pvalue), rel=1e-10)
     assert paired([0.9], [0.8]) is None
     assert paired([0.75, 0.5], [0.5, 0.25]) is None  # the same difference twice
+    lower = [k / 360 for k in (350, 347, 351, 355, 344)]
+    assert paired([k / 360 for k in (355, 352, 356, 360, 349)], lower) is None  # but for rounding
+    assert paired([k / 360 for k in (355, 352, 356, 360, 350)], lower) < 1e-3
 
 
 def test_holm_corrects_for_the_number_of_tests():

@@ -132,6 +132,9 @@ class ReplicaCheck:
 
     def _begin(self) -> None:
         self._taken_at = self._steps
+        settle = getattr(self._optimizer, "settle", None)
+        if settle is not None:  # state that is up to date on one rank only
+            settle()
         watched = {name for _, names in self._sets for name in names}
         self._taken = {name: self._prints(p) for name, p in self._params.items() if name in watched}
         for group, names in self._sets:

@@ -243,19 +243,19 @@ class ScopedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state; collective where preconditioners leave the state of matrices with the ranks that own them."""
-        self._settle()
+        self.settle()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self.settle()
         return super().__getstate__()
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, with its own options, and allocate its state; also in the middle of training."""
-        self._settle()
+        self.settle()
         super().add_param_group(param_group)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Have all state in ``self.state``. Collective, if some lives with its owners."""
         for settle in getattr(self, "_common", {}).get("settle", ()):
             settle()

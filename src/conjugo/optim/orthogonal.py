@@ -29,7 +29,7 @@ class Orthogonal(MatrixPreconditioner):
     r"""P g = scale sqrt(max(rows, columns)) times the orthogonal factor of the gradient, about U V^T for g = U S V^T.
 
     The factor comes from *steps* Newton-Schulz steps, which are matrix products only. After five of them the singular values
-    of g that are at least 1/1000 of its norm have become numbers in [0.65, 1.25]; smaller ones are still smaller. With the
+    of g that are at least 1/700 of its norm have become numbers in [0.65, 1.25]; smaller ones are still smaller. With the
     default *scale* the root mean square of P g is about 0.2, as large as an update of Adam.
 
     P depends on g. It is :math:`P_g u = q(g g^T) u` with a polynomial q > 0: for each g a symmetric positive definite map. So

@@ -39,7 +39,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
 
     None where the test says nothing: fewer than two values on a side, or no spread on either.
     """
-    if min(len(a), len(b)) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+    if min(len(a), len(b)) < 2 or (_alike(a, a) and _alike(b, b)):
         return None
     from scipy import stats
 
@@ -53,13 +53,18 @@ def paired(a: Sequence[float], b: Sequence[float]) -> float | None:
     None where the test says nothing: fewer than two pairs, or differences that are all the same.
     """
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    if len(differences) < 2 or _alike(differences, [*a, *b]):
         return None
     from scipy import stats
 
     mean, sd = mean_sd(differences)
     t = abs(mean) / (sd / math.sqrt(len(differences)))
     return float(2 * stats.t.sf(t, len(differences) - 1))
+
+
+def _alike(values: Sequence[float], of: Sequence[float]) -> bool:
+    """Whether *values* differ by no more than the rounding of the numbers *of* which they were made."""
+    return bool(np.ptp(values) <= 1e-12 * np.abs(of).max())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
