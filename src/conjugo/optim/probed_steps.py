@@ -191,7 +191,7 @@ class Subspace(ProbedStep):
     arXiv:1503.05671.
 
     >>> Subspace(damping=0.0).solve(Plane(gz=4.0, gu=0.0, zz=2.0, zu=1.0, uu=2.0), last=0.0)
-    (2.6666666666666665, 1.0)
+    (2.5, 1.0)
     """
 
     fraction: float = 0.25
