@@ -18,6 +18,7 @@ from conjugo.studies.reproduce.frontier_text import CONTEXT, CharTransformer, lo
 from conjugo.studies.runs import Contender, load_data, train_once, tuning_data
 from conjugo.training import TrainConfig, optimizers
 from conjugo.training.data import Dataset, Split
+from conjugo.training.machine import choose_device
 
 __all__ = ["Cost", "available", "costs", "dataset", "run_task"]
 
@@ -96,7 +97,7 @@ def decay(train: TrainConfig, name: str) -> float:
 
 class Cost(NamedTuple):
     """Of a step: seconds in the optimizer, seconds of a forward and a backward pass (medians), and floats per parameter that
-    the optimizer keeps."""
+    the optimizer keeps. On a CPU, seconds of one thread, without those that other programs take."""
 
     step: float
     passes: float
@@ -105,6 +106,15 @@ class Cost(NamedTuple):
 
 def costs(setting: Setting, names: list[str], *, repetitions: int = 15) -> dict[str, Cost]:
     """What steps of the contenders *names* cost on a task, measured in turns on one batch, without those with extra passes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _costs(setting, names, repetitions)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _costs(setting: Setting, names: list[str], repetitions: int) -> dict[str, Cost]:
     plain_steps = [name for name in names if FAMILIES[name].passes == 1.0]
     loops = {name: _steps(setting, name) for name in plain_steps}
     times: Mapping[str, list[tuple[float, float]]] = {name: [] for name in plain_steps}
@@ -122,42 +132,51 @@ def costs(setting: Setting, names: list[str], *, repetitions: int = 15) -> dict[
 
 
 def _steps(setting: Setting, name: str) -> Iterator[tuple[float, float, float]]:
-    model, loss = _problem(setting)
+    device = choose_device("auto")
+    model, loss = _problem(setting, device)
     family = FAMILIES[name]
     optimizer = optimizers.build(family.optimizer, model, lr=1e-4, **options(name, family.variants[0]))
     parameters = sum(p.numel() for p in model.parameters())
     while True:
         optimizer.zero_grad()
-        begun = time.perf_counter()
+        begun = _now(device)
         loss().backward()  # type: ignore[no-untyped-call]
-        passed = time.perf_counter()
+        passed = _now(device)
         optimizer.step()
-        yield time.perf_counter() - passed, passed - begun, _floats(list(optimizer.state.values())) / parameters
+        yield _now(device) - passed, passed - begun, _floats(list(optimizer.state.values())) / parameters
 
 
-def _problem(setting: Setting) -> tuple[nn.Module, Callable[[], Tensor]]:
+def _now(device: torch.device) -> float:
+    """A time at which all work queued on *device* is done; on a CPU that of this process."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _problem(setting: Setting, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
     """A model and the loss of one batch."""
     from conjugo.training import models
 
     torch.manual_seed(0)
     if setting.train is None:
         text = load_text()
-        transformer = CharTransformer(text.vocabulary)
-        sequences = text.train[: setting.batch_size * (CONTEXT + 1)].view(setting.batch_size, CONTEXT + 1)
+        transformer = CharTransformer(text.vocabulary).to(device)
+        sequences = text.train[: setting.batch_size * (CONTEXT + 1)].view(setting.batch_size, CONTEXT + 1).to(device)
         return transformer, lambda: loss_of(transformer, sequences)
     data = _whole(setting.train)
     assert setting.train.model is not None
-    model = models.build(setting.train.model, input_shape=data.input_shape, num_classes=data.num_classes)
+    model = models.build(setting.train.model, input_shape=data.input_shape, num_classes=data.num_classes).to(device)
     size = min(setting.batch_size, setting.train.micro_batch or setting.batch_size, len(data.train))
-    inputs, targets = data.train.inputs[:size], data.train.targets[:size]
+    inputs, targets = data.train.inputs[:size].to(device), data.train.targets[:size].to(device)
     images = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
     parts = max(1, round(setting.batch_size / size))
     half = setting.train.precision == "bfloat16"
 
     def loss() -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for _ in range(parts):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
                 logits = model(images)
             total = total + F.cross_entropy(logits.float(), targets) / parts
         return total
