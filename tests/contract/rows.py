@@ -286,6 +286,8 @@ def _nlcg(
     **options: Any,
 ) -> Row:
     searching = options.get("line_search", "none") != "none"
+    errors = () if options else _NLCG
+    options.setdefault("precond", "bfgs")
     return Row(
         name=f"NLCG {name}",
         factory=NLCG,
@@ -297,7 +299,7 @@ def _nlcg(
         needs_graph=needs == "graph",
         needs_curvature=needs == "curvature",
         implementations=implementations or (_LISTS if needs else _ON_HOST),
-        errors=() if options else _NLCG,
+        errors=errors,
         exempt={"stays without gradient": _FIXED_SET} | dict(exempt or {}),
     )
 

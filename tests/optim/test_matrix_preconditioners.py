@@ -799,3 +799,47 @@ def test_the_constant_rule():
         w = w + lr * d
         assert optimizer.last["beta"].item() == (limit if t else 0.0)
         torch.testing.assert_close(params[0].detach(), w, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_kron_leaves_out_a_gradient_whose_products_with_the_basis_overflow(foreach):
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = NLCG([p], lr=0.01, precond="kron", foreach=foreach, fused=False)
+    for i in range(20):
+        g = torch.randn(4, 4, generator=torch.Generator().manual_seed(i))
+        p.grad = torch.full((4, 4), 3e38) if i == 7 else g
+        optimizer.step()
+    assert p.isfinite().all()
+    assert optimizer.state[p]["square"].isfinite().all()
+    # Whether its squared norm overflows is up to how that is worked out.
+    assert optimizer.state[p]["bad_updates"] + optimizer.skipped_steps == 1
+    assert optimizer.state[p]["updates"] == 19
+
+
+def test_kron_starts_anew_where_squares_are_not_finite():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = NLCG([p], lr=0.0, precond="kron")
+    for i in range(25):
+        p.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(i))
+        if i == 8:
+            optimizer.state[p]["square"][0, 0] = math.nan
+        optimizer.step()
+    assert optimizer.state[p]["square"].isfinite().all()
+    assert optimizer.state[p]["bad_updates"] == 1
+
+
+def test_kron_decomposes_nothing_where_there_is_nothing(monkeypatch):
+    calls = []
+    for name in ("_eigenvectors", "_orthonormalized"):
+        original = getattr(kronecker, name)
+        monkeypatch.setattr(kronecker, name, lambda x, original=original: calls.append(1) or original(x))
+    dead, alive = nn.Parameter(torch.ones(16, 16)), nn.Parameter(torch.ones(16, 16))
+    optimizer = NLCG([dead, alive], lr=0.01, precond=Kronecker(period=10))
+    for i in range(31):
+        dead.grad, alive.grad = torch.zeros(16, 16), torch.randn(16, 16, generator=torch.Generator().manual_seed(i))
+        optimizer.step()
+    assert len(calls) == 2 * 3  # both sides of the one that lives, after 1, 11 and 21 gradients
+    dead.grad = torch.randn(16, 16)
+    optimizer.step()
+    optimizer.step()
+    assert len(calls) > 2 * 3

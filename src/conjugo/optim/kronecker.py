@@ -71,7 +71,7 @@ class Kronecker(MatrixPreconditioner):
     With Q and R the eigenvectors of these, :math:`P g = Q \frac{Q^T g R}{\sqrt{v} + \mathrm{damping}\,\mathrm{rms}(v)
     + \mathrm{eps}} R^T`, where v is the running mean of the squares of :math:`Q^T g R`, corrected for its start, and rms(v)
     the root of its mean over the matrix. P is linear and symmetric positive definite, and changes slowly. As with
-    :class:`AdamDiagonal` the step does not change with the scale of the loss, and beta is near 1: set *beta_max* below 1.
+    :class:`AdamDiagonal` the step does not change with the scale of the loss, and beta is near 1: *beta_max* is 0.9 by default.
 
     A step uses means and basis of the steps before, so that no gradient is seen in a basis that it made itself. Hence the
     first step of a parameter only learns: P g = 0, and nothing moves. The second one finds the eigenvectors, every *period*
@@ -89,7 +89,8 @@ class Kronecker(MatrixPreconditioner):
     if those sides have a basis; 0-d in float64 ``updates``, gradients learned, ``renewed``, the number of those when the basis
     was last renewed, and ``bad_updates``. That counts gradients whose squares overflow, which are left out, and renewals where
     means or bases are not finite or no basis is found: all but this count then starts anew. The host looks at these counts
-    twice in *period* steps, and waits for the device then.
+    twice in *period* steps, and as long as a matrix has seen only zeros in each, and waits for the device then. Small matrices
+    of one shape are worked on at once, with a second copy of their bases, which is no state.
 
     Source: N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321; the relative damping is
     ours.
@@ -203,10 +204,13 @@ class Kronecker(MatrixPreconditioner):
         """Take gradients of one shape, which are 0 where not *finite*, into the means, in place."""
         states = batch.states
         good = torch.isfinite(torch.linalg.vector_norm(g, dim=(-2, -1)).square()).reshape(-1)
-        rotated, v = _into(batch, g), stacked([state["square"] for state in states])
+        v, counts = stacked([state["square"] for state in states]), [state["updates"] for state in states]
+        plain = on_host(g) and bool(finite & good.all())
+        if not plain:
+            g = torch.where(batch.spread(good), g, 0.0)  # or products with the basis overflow
+        rotated = _into(batch, g)
         known = batch.known = _Known(rotated, v, good)
-        counts = [state["updates"] for state in states]
-        if on_host(g) and bool(finite & good.all()) and min(before := [int(n) for n in counts]) > 0:
+        if plain and min(before := [int(n) for n in counts]) > 0:
             v.mul_(self.beta2).addcmul_(rotated, rotated, value=1 - self.beta2)
             self._learn_means(batch, g, self.decay, 1 - self.decay)
             torch._foreach_add_(counts, 1.0)
@@ -283,6 +287,8 @@ class Kronecker(MatrixPreconditioner):
         """
         some, sound, changes = finite, finite, []
         v = _matrix(state["square"])
+        if on_host(v) and all(state[side].count_nonzero() == 0 for side in ("left", "right") if side in state):
+            return
         for dim, side in enumerate(("left", "right")):
             if side not in state:
                 continue
@@ -300,6 +306,7 @@ class Kronecker(MatrixPreconditioner):
             # All are at most 1, so that the sum is finite where they are; to look at each takes longer than all else here.
             sound = sound & torch.isfinite(scaled.sum() + new.sum())
             changes += [(mean, mean, torch.zeros_like(peak)), (basis, new, torch.eye(len(new)).to(new))]
+        sound = sound & torch.isfinite(v.amax())
         found, broken = some & sound, finite & ~sound
         zero = torch.zeros_like(state["updates"])
         changes += [
