@@ -1,8 +1,10 @@
 """Drop-in PyTorch optimizers for large batches.
 
 ``NLCG`` is the stochastic preconditioned nonlinear conjugate gradient method of Adya, Palakkode & Tuzel (2018): one gradient
-per step like SGD, a momentum that is computed instead of tuned, and a diagonal model of the curvature. Use it where batches are
-so large that the number of steps is what limits training; with small, noisy batches it has no advantage over momentum.
+per step like SGD and a momentum that is computed instead of tuned. It orthogonalises the gradients of matrices unless told
+otherwise (``Orthogonal``, ``Kronecker``, ``AdamDiagonal``; the paper's diagonal model of the curvature is ``precond="bfgs"``);
+``parameter_groups`` makes a choice for each role (``roles``) that parameters have in a model. Use it where batches are so
+large that the number of steps is what limits training.
 ``LARS`` (You, Gitman & Ginsburg 2017) and ``LAMB`` (You et al. 2020) scale the step layer by layer; ``MCLR`` and ``CBLR``
 (Gao & Zhong 2020) do so by its curvature. ``schedules`` holds learning-rate and batch-size schedules and the rules that scale
 a learning rate with the batch, ``averaging`` running averages of weights. ``DiscardSmallLoss`` takes the gradient from the
