@@ -45,8 +45,50 @@ def test_a_head_that_shares_the_embedding_is_one_and_no_other_takes_its_place():
     model = Transformer(tied=True)
     found = _named(model)
     assert found["token.weight"] == "embedding"
-    # By registration the last matrix would be one of the block: said by name, nothing is.
-    assert "head" not in _named(model, heads=["lm_head"]).values()
+    assert found["block.linear2.weight"] == "matrix"
+    assert "head" not in found.values()
+    assert _named(model, heads=["lm_head"]) == found
+
+
+@pytest.mark.parametrize("last", [nn.Linear(48, 1), nn.Conv2d(48, 48, 3, groups=48)])
+def test_a_last_layer_that_is_a_vector_leaves_no_head(last):
+    model = nn.Sequential(nn.Linear(20, 64), nn.Linear(64, 48), nn.BatchNorm1d(48), last)
+    assert [role for name, role in _named(model).items() if name in ("0.weight", "1.weight")] == ["matrix"] * 2
+    assert "head" not in _named(model).values()
+
+
+def test_a_table_listed_last_is_no_head():
+    model = nn.Module()
+    model.layer = nn.Linear(20, 30)
+    model.token = nn.Embedding(50, 20)
+    model.position_embeddings = nn.ParameterList([torch.zeros(16, 20)])
+    assert list(_named(model).values()) == ["head", "vector", "embedding", "embedding"]
+
+
+def test_tables_are_known_by_whole_words_of_the_last_names():
+    model = nn.Module()
+    for name in ("composition", "proposition_mix", "embedder", "remember", "disposition2"):
+        model.register_parameter(name, nn.Parameter(torch.zeros(32, 32)))
+    model.text_embedding = nn.Module()
+    model.text_embedding.mixer = nn.Module()
+    model.text_embedding.mixer.weight = nn.Parameter(torch.zeros(32, 32))  # around it is something with that name
+    model.embedding = nn.MultiheadAttention(32, 4)
+    model.position = nn.GRU(32, 32)
+    model.last = nn.Linear(32, 32)
+    found = _named(model)
+    assert [name for name, role in found.items() if role == "embedding"] == []
+    tables = nn.Module()
+    for name in (
+        "pos_emb",
+        "pos_embed2",
+        "position_embeddings",
+        "positional_embedding",
+        "relative_position_bias_table",
+    ):
+        tables.register_parameter(name, nn.Parameter(torch.zeros(32, 32)))
+    tables.position = nn.Module()
+    tables.position.weight = nn.Parameter(torch.zeros(32, 32))
+    assert set(_named(tables).values()) == {"embedding"}
 
 
 @pytest.mark.parametrize(("name", "head"), [("mlp", "5.weight"), ("cnn", "classifier.weight"), ("resnet8", None)])
@@ -71,6 +113,7 @@ def test_heads_by_name_also_behind_a_wrapper():
     model = nn.Sequential()
     model.add_module("module", Transformer())
     assert _named(model, heads=["lm_head", "linear2"])["module.block.linear2.weight"] == "head"
+    assert _named(model, heads="lm_head") == _named(model, heads=["lm_head"])
     with pytest.raises(ValueError, match=r"roles heads.*lm_head"):
         roles(model, heads=["lm_haed"])
     with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
@@ -284,6 +327,16 @@ def test_the_catalogue_goes_by_roles(name, decay_vectors):
     assert len(whole.param_groups) == 1
 
 
+def test_what_is_said_of_matrices_goes_over_the_roles():
+    model = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 32), nn.Linear(32, 40))
+    for matrices, expected in ((lambda p: p.shape[0] == 40, [True, False, False, True, False]), (None, [False, True])):
+        optimizer = optimizers.build("muon", model, matrices=matrices)
+        model(torch.arange(8)).square().mean().backward()
+        optimizer.step()
+        taken = ["momentum_buffer" in optimizer.state[p] for p in model.parameters()]
+        assert taken == expected + [False] * (len(taken) - len(expected))
+
+
 # What is not said -----------------------------------------------------------------------------------------------------
 
 
@@ -318,5 +371,7 @@ def test_the_reference_mode_is_the_published_method():
     optimizer = NLCG([w], mode="reference", h0=2.0)
     assert isinstance(optimizer.preconds[0], DiagonalBFGS)
     assert optimizer.param_groups[0]["lr"] == 0.1
-    with pytest.raises(ValueError, match=r"h0, h_bounds.*precond='bfgs'"):
-        NLCG([w], h0=2.0)
+    for precond in (None, "adam"):
+        with pytest.raises(ValueError, match=r"h0, h_bounds.*precond='bfgs'"):
+            NLCG([w], h0=2.0, precond=precond)
+    NLCG([{"params": [w], "precond": "bfgs"}], h0=2.0)

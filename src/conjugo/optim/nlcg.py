@@ -96,10 +96,11 @@ class NLCG(ScopedOptimizer):
         params: parameters or parameter groups, real or complex floating point, all on one device; of a model on many
             ranks those of this rank: whole (DDP) or DTensors (FSDP2, HSDP, tensor parallelism). Groups may have their own
             *lr*, *weight_decay*, *decoupled*, *lars*, *grad_scale*, *beta_max* and *maximize*, and their own *precond*;
-            :func:`~conjugo.optim.parameter_groups` makes some of a model. Or the model itself: its parameters, and without
-            a *precond* these groups, which leave embeddings and heads out of what is orthogonalised.
+            :func:`~conjugo.optim.parameter_groups` makes some of a model. Or the model itself: its parameters that need a
+            gradient, without a *precond* in these groups, which leave embeddings and heads out of what is orthogonalised.
         lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. None: 0.01 with Adam's scaling and the preconditioners for
-            matrices, else 0.1; there, one that is good for SGD with momentum is a good start.
+            matrices, else 0.1; there, one that is good for SGD with momentum is a good start. 1 where the step size looks at the
+            batch again.
         rule: ``"fr"`` (Fletcher-Reeves: a momentum that adapts) or ``"pr"`` (Polak-Ribiere: without an exact line
             search :math:`\beta` is 0 in most steps, so it is close to gradient descent); or ``"constant"``:
             :math:`\beta` is *beta_max* in every step after the first, the control that says what a computed one is worth.
@@ -198,6 +199,7 @@ class NLCG(ScopedOptimizer):
     _slices: Slices | None = None  # made when first needed, also after unpickling
     _estimates: Mapping[Tensor, Tensor]  # of the curvature, for the next step
     _observed: ObservedBatch | None  # the batch of the next step
+    _evaluating: bool = False  # inside a closure
     _wait: int  # steps for which no curvature is due, so that the host need not look
 
     def __init__(
@@ -238,13 +240,9 @@ class NLCG(ScopedOptimizer):
         self.rule = rule
         self.mode = mode
         self._known = self._named(h0, h_bounds)
-        if precond is None:
-            plain = (h0, h_bounds) == (1.0, _H_BOUNDS)
-            check(
-                plain or mode == "reference", "NLCG", "h0, h_bounds", (h0, h_bounds), "left out without precond='bfgs'"
-            )
         if isinstance(params, nn.Module):
-            params = parameter_groups(params) if precond is None and mode == "exact" else list(params.parameters())
+            by_role = precond is None and mode == "exact"
+            params = parameter_groups(params) if by_role else [p for p in params.parameters() if p.requires_grad]
         self.precond = self._preconditioner(precond or ("orthogonal" if mode == "exact" else "bfgs"))
         self.preconds: list[Preconditioner] = []
         """That of each group."""
@@ -266,7 +264,7 @@ class NLCG(ScopedOptimizer):
         check(alone, "NLCG", "shard_state", shard_state, "False with line_search=Subspace")
         self._last: dict[str, Array] = {}
         self._usual = {name: value is None for name, value in (("lr", lr), ("beta_max", beta_max))}
-        usual = _usual(self.precond)
+        usual = _usual(self.precond, self.line_search)
         defaults = {
             "lr": usual["lr"] if lr is None else lr,
             "weight_decay": weight_decay,
@@ -277,6 +275,8 @@ class NLCG(ScopedOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults, scope=scope, process_group=process_group, foreach=foreach, fused=fused)
+        used = (h0, h_bounds) == (1.0, _H_BOUNDS) or any(own is self._known["bfgs"] for own in self.preconds)
+        check(used, "NLCG", "h0, h_bounds", (h0, h_bounds), "left out where no group has precond='bfgs'")
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, with its own options and, by ``"precond"``, its own preconditioner; at any time."""
@@ -284,7 +284,7 @@ class NLCG(ScopedOptimizer):
         if isinstance(param_group, dict) and "precond" in param_group:
             param_group = dict(param_group)  # which is saved: files hold numbers, not objects
             precond = self._preconditioner(param_group.pop("precond"))
-            for name, value in _usual(precond).items():
+            for name, value in _usual(precond, self.line_search).items():
                 if self._usual[name]:
                     param_group.setdefault(name, value)
         others = [own for own in self.preconds if isinstance(own, CurvatureDiagonal) and own != precond]
@@ -427,7 +427,10 @@ class NLCG(ScopedOptimizer):
     ) -> None:
         """Take the batch of the next step; before its forward pass, so that layers draw the same random numbers again.
 
-        Once for each micro-batch, in their order. The step computes ``loss_fn(model(inputs), targets)``, in the autocast that
+        After ``zero_grad()``, which forgets what was observed (a closure's does not). Once for each micro-batch, in their
+        order. Loss and gradient must be averaged with the same weights: where micro-batches of different sizes all count the
+        same, pass *weight* = 1, and the first step of ``"parabola"`` makes sure that the loss is the one given. ``"subspace"``
+        cuts the tensors with as many rows as the first one of the inputs, and no others. The step computes ``loss_fn(model(inputs), targets)``, in the autocast that
         is active now (Subspace: without autocast); model, loss_fn and weight as for :meth:`measure`. inputs: may be a function
         without arguments that makes inputs and targets when they are wanted; then *weight* is 1 unless it is given. Parameters,
         gradients and buffers of the model and the random numbers of the process stay what they are.
@@ -443,6 +446,12 @@ class NLCG(ScopedOptimizer):
             self._observed = ObservedBatch(self._table.device, group_of(model, self.process_group))
         make = inputs if callable(inputs) else lambda: (inputs, targets)
         self._observed.add(model, loss_fn, make, weight)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, and forget the batch of a step that was given up."""
+        super().zero_grad(set_to_none)
+        if not self._evaluating:
+            self._observed = None
 
     def _check_batch(self, model: nn.Module, inputs: Any, weight: float | None) -> float:
         """How much a batch counts. Raises ValueError where *model* lacks a parameter, or *weight* is negative."""
@@ -632,13 +641,23 @@ class NLCG(ScopedOptimizer):
         If a gradient or the loss holds NaN or infinity, or a gradient is so large that its squared norm is not finite,
         nothing changes but the count in :attr:`skipped_steps`.
         """
+        try:
+            return self._evaluated_step(closure, loss)
+        finally:
+            self._observed = None
+
+    def _evaluated_step(self, closure: Callable[[], Any] | None, loss: Tensor | float | None) -> Any:
         if self._rule.needs_loss and closure is None and loss is None:
             name = self.line_search.kind if isinstance(self.line_search, LineSearch) else self.line_search
             raise ValueError(
                 f"NLCG: line_search={name!r} needs the loss of each step: call step(closure) with a "
                 "closure that returns it, or step(loss=loss)"
             )
-        value = evaluate(closure)
+        self._evaluating = True
+        try:
+            value = evaluate(closure)
+        finally:
+            self._evaluating = False
         if self._prepare():
             self._find_curvature()
             if self.needs_batch and self._observed is None:
@@ -647,11 +666,7 @@ class NLCG(ScopedOptimizer):
                     f"NLCG: line_search={kind} needs the batch of each step: call observe_batch(model, loss_fn, inputs, "
                     "targets) before its forward pass"
                 )
-            try:
-                self._step(value if loss is None else loss)
-            finally:
-                self._observed = None
-        self._observed = None
+            self._step(value if loss is None else loss)
         return value
 
     def _step(self, loss: Tensor | float | None) -> None:
@@ -676,6 +691,9 @@ class NLCG(ScopedOptimizer):
             self._count_skipped()
             self._last = self._last | {"skipped": ~finite}
             return
+        if isinstance(self.line_search, Parabola) and self._observed is not None:
+            if not float(self._of_eldest(self._rule_state(columns)[0], columns[0])[0]):
+                self._observed.check_loss(float(value))
 
         # The authors measure the last step with today's learning rate.
         tau = lr * self._base(columns) if self.mode == "reference" else old.tau
@@ -961,9 +979,10 @@ class NLCG(ScopedOptimizer):
         return None if line_search == "none" else search
 
 
-def _usual(precond: Preconditioner) -> dict[str, float]:
+def _usual(precond: Preconditioner, line_search: StepSize | None) -> dict[str, float]:
     """Learning rate and limit of beta where none are given: <g, P g> hardly falls along a run with Adam's scaling."""
-    return {"lr": 0.01, "beta_max": 0.9} if isinstance(precond, AdamDiagonal) else {"lr": 0.1, "beta_max": 1.0}
+    usual = {"lr": 0.01, "beta_max": 0.9} if isinstance(precond, AdamDiagonal) else {"lr": 0.1, "beta_max": 1.0}
+    return usual | {"lr": 1.0} if isinstance(line_search, ProbedStep) else usual
 
 
 def lars_scale(weight_norm: Tensor, grad_norm: Tensor, coefficient: float | Tensor) -> Tensor:
