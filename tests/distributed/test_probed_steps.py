@@ -92,6 +92,27 @@ def test_ranks_count_by_their_examples(options):
     compare(ranks.run(2, fitted, "ddp", options, [n // 8, n - n // 8]), fitted("alone", options))
 
 
+def with_a_rank_without_weight():
+    """Passes and parameters where the second rank's examples do not count."""
+    model, rank, world = wrapped("ddp")
+    x, y = batch(0)
+    optimizer = NLCG(model.parameters(), precond="none", line_search=Subspace(fraction=0.25))
+    for _ in range(2):
+        optimizer.zero_grad()
+        for weight in (3.0, 0.0):
+            optimizer.observe_batch(model, F.cross_entropy, x, y, weight=weight * (rank == 0))
+        loss = F.cross_entropy(model(x), y) * (world * (rank == 0))
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+    return optimizer.passes, entire(model.parameters())
+
+
+def test_a_rank_may_have_no_weight():
+    (passes, params), (others, same) = ranks.run(2, with_a_rank_without_weight)
+    assert passes == others == pytest.approx(2 + 3 * 0.25 * 2 / 3)
+    assert all(torch.equal(a, b) for a, b in zip(params, same, strict=True))
+
+
 def refused():
     model, _, _ = wrapped("fsdp")
     try:
@@ -151,4 +172,4 @@ def one_bad_rank(kind):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_all_ranks_decide_alike(kind):
-    assert ranks.run(2, one_bad_rank, kind) == [(True, 2.0)] * 2
+    assert ranks.run(2, one_bad_rank, kind) == [(True, pytest.approx(1 + 4 / 3))] * 2

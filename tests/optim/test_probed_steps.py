@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from conjugo.optim import NLCG
 from conjugo.optim.probed_steps import Parabola, Plane, Subspace, parabola_minimum
 from conjugo.optim.step_sizes import StepSizeController
+from conjugo.training.optimizers import build
 
 F64 = torch.float64
 
@@ -93,9 +94,31 @@ def test_a_change_below_the_rounding_error_says_nothing():
     def flat(t):
         return 3.0 + 1e-7
 
-    assert Parabola().search(0.5, loss=3.0, slope=-1e-8, trial=flat).alpha == 0.5
+    assert Parabola().search(0.5, loss=3.0, slope=-1e-8, trial=flat).alpha == 1.0
+    assert Parabola(growth=1e9).search(0.5, loss=3.0, slope=-1e-8, trial=flat).alpha == 1.0
     exact = Parabola(tries=1).search(0.5, loss=3.0, slope=-1e-8, trial=flat, eps=lambda: 1e-16)
     assert exact.alpha == 0.25
+
+
+def test_a_step_that_was_too_short_to_be_seen_becomes_longer():
+    """In float32: the loss does not change at all until the trial is 100,000 times as long."""
+
+    def trial(t):
+        return float(torch.tensor(3.0 - 1.0 * t + t * t / 2))
+
+    alpha = 1e-12
+    for _ in range(50):
+        alpha = Parabola().search(alpha, loss=3.0, slope=-1.0, trial=trial).alpha
+    assert alpha == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_flat_slope_does_not_hide_a_loss_that_rises():
+    found = Parabola().search(0.5, loss=3.0, slope=-1e-8, trial=lambda t: 3.0 + t * t)
+    assert found.alpha < 0.5
+
+
+def test_the_first_step_knows_no_scale_if_no_trial_is_finite():
+    assert Parabola().search(0.0, loss=3.0, slope=-1.0, trial=lambda t: math.nan) == (0.0, False, 12)
 
 
 # The plane -------------------------------------------------------------------------------------------------------------
@@ -296,8 +319,9 @@ def test_dropout_draws_the_same_numbers_again():
     rule = Parabola(initial=1e-12, tries=1)
     optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=rule)
     take_step(model, optimizer, x, y, loss_fn)
-    assert len(seen) == 2
-    assert torch.allclose(*seen, atol=1e-6)
+    assert len(seen) == 3  # that of the step, at 0, and a trial
+    assert torch.equal(seen[0], seen[1])
+    assert torch.allclose(seen[0], seen[2], atol=1e-6)
 
 
 def test_passes_are_counted():
@@ -308,7 +332,7 @@ def test_passes_are_counted():
     parabola = NLCG(model.parameters(), lr=1.0, precond="none", line_search=Parabola(tries=1))
     for _ in range(3):
         take_step(model, parabola, x, y, F.cross_entropy)
-    assert parabola.passes == pytest.approx(4)
+    assert parabola.passes == pytest.approx(4 + 1 / 3)  # the first loss as well
     subspace = NLCG(model.parameters(), lr=1.0, precond="none", line_search="subspace")
     for _ in range(3):
         take_step(model, subspace, x, y, F.cross_entropy)
@@ -469,7 +493,8 @@ def test_where_no_trial_is_finite_the_parameters_stay():
     optimizer.observe_batch(model, lambda outputs, targets: outputs.sum() * math.inf, x, y)
     optimizer.step(loss=1.0)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-    assert optimizer.passes == 2
+    assert optimizer.passes == pytest.approx(1 + 4 / 3)
+    assert optimizer.last["step_size"] == 0
 
 
 @pytest.mark.parametrize("line_search", ["parabola", "subspace"])
@@ -521,10 +546,10 @@ def test_micro_batches_are_the_whole_batch(line_search):
         model = small_model().to(F64)
         optimizer = NLCG(model.parameters(), lr=1.0, precond="none", line_search=line_search)
         for _ in range(4):
+            optimizer.zero_grad()
             for a, b in pairwise(cuts):
                 make = partial(lambda a, b: (x[a:b].to(F64), y[a:b]), a, b)
                 optimizer.observe_batch(model, F.cross_entropy, make, weight=b - a)
-            optimizer.zero_grad()
             loss = F.cross_entropy(model(x.to(F64)), y)
             loss.backward()
             optimizer.step(loss=loss.detach())
@@ -607,3 +632,132 @@ def test_attention_with_dropout(line_search):
     optimizer = NLCG(model.parameters(), lr=1.0, precond="adam", beta_max=0.9, line_search=line_search)
     losses = [take_step(model, optimizer, x, y, F.cross_entropy) for _ in range(6)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+# How the batch is handed over --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weights", "good"), [((None, None), False), ((1.0, 1.0), True), ((24.0, 24.0), True)])
+def test_the_loss_must_be_weighted_like_the_batch(weights, good):
+    """A loop that averages the means of 24 and 8 examples."""
+    model, (x, y) = small_model(), small_data()
+    y[24:] = 0
+    optimizer = NLCG(model.parameters(), line_search="parabola", precond="bfgs")
+    parts = [(x[:24], y[:24]), (x[24:], y[24:])]
+    loss = 0.0
+    for (inputs, targets), weight in zip(parts, weights, strict=True):
+        optimizer.observe_batch(model, F.cross_entropy, inputs, targets, weight=weight)
+        part = F.cross_entropy(model(inputs), targets) / 2
+        part.backward()
+        loss += part.detach()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    if good:
+        optimizer.step(loss=loss)
+        return
+    with pytest.raises(ValueError, match=r"NLCG: loss must be the mean loss of .* pass observe_batch\(..., weight=\)"):
+        optimizer.step(loss=loss)
+    after = (model.state_dict(), optimizer.state_dict()["state"])
+    for old, new in zip(torch.utils._pytree.tree_leaves(before), torch.utils._pytree.tree_leaves(after), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("line_search", ["parabola", Subspace()])
+@pytest.mark.parametrize("precond", ["bfgs", "adam", "orthogonal"])
+def test_the_usual_learning_rate_is_a_factor_of_one(line_search, precond):
+    first, second = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = NLCG([{"params": [first]}, {"params": [second], "precond": "adam"}], line_search=line_search)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
+    assert NLCG([first], precond=precond, line_search=line_search).param_groups[0]["lr"] == 1.0
+    assert NLCG([first], lr=0.5, precond=precond, line_search=line_search).param_groups[0]["lr"] == 0.5
+    assert build("nlcg-orthogonal", [first], line_search=line_search).param_groups[0]["lr"] == 1.0
+    assert build("nlcg-orthogonal", [first], line_search=line_search, lr=0.5).param_groups[0]["lr"] == 0.5
+    assert build("nlcg-orthogonal", [first], line_search="none").param_groups[0]["lr"] == 0.01
+
+
+def test_a_batch_that_was_given_up_is_forgotten():
+    model, (x, y) = small_model(), small_data()
+    optimizer = NLCG(model.parameters(), line_search="parabola", precond="bfgs")
+    seen = []
+
+    def loss_fn(outputs, targets):
+        seen.append(len(targets))
+        return F.cross_entropy(outputs, targets)
+
+    optimizer.observe_batch(model, loss_fn, x[:7], y[:7])
+    optimizer.zero_grad()
+    take_step(model, optimizer, x, y, loss_fn)
+    assert set(seen) == {32}
+
+
+@pytest.mark.parametrize("how", ["no loss", "closure"])
+def test_a_step_that_raises_forgets_its_batch(how):
+    model, (x, y) = small_model(), small_data()
+    optimizer = NLCG(model.parameters(), line_search="parabola", precond="bfgs")
+
+    def closure():
+        raise KeyError("no data")
+
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.observe_batch(model, F.cross_entropy, x, y)
+    with pytest.raises(ValueError if how == "no loss" else KeyError):
+        optimizer.step(None if how == "no loss" else closure)
+    with pytest.raises(RuntimeError, match="needs the batch"):
+        optimizer.step(loss=loss.detach())
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_each_micro_batch_draws_its_random_numbers_again(together):
+    """Observed one by one, with numbers drawn between for something else, or all of them before the first forward pass."""
+    model, (x, y) = small_model(dropout=0.5), small_data()
+    seen = []
+
+    def loss_fn(outputs, targets):
+        seen.append(outputs.detach().clone())
+        return F.cross_entropy(outputs, targets)
+
+    optimizer = NLCG(model.parameters(), precond="none", line_search=Parabola(initial=1e-12, tries=1))
+    parts = [(x[:16], y[:16]), (x[16:], y[16:])]
+    loss = 0.0
+    if together:
+        for part in parts:
+            optimizer.observe_batch(model, loss_fn, *part)
+    for part in parts:
+        if not together:
+            torch.rand(3)
+            optimizer.observe_batch(model, loss_fn, *part)
+        mean = loss_fn(model(part[0]), part[1]) / 2
+        mean.backward()
+        loss += mean.detach()
+    optimizer.step(loss=loss)
+    assert len(seen) == 6
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+
+
+class Masked(nn.Module):
+    """Takes a table beside its inputs that has nothing to do with examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, given):
+        return self.linear(given["x"] @ given["table"])
+
+
+def test_only_examples_are_cut():
+    model, (x, y) = Masked(), small_data()
+    optimizer = NLCG(model.parameters(), precond="none", line_search=Subspace(fraction=0.25))
+    sizes = []
+
+    def loss_fn(outputs, targets):
+        sizes.append(tuple(outputs.shape))
+        return F.cross_entropy(outputs, targets)
+
+    given = {"x": x, "table": torch.eye(5)}
+    optimizer.observe_batch(model, loss_fn, given, y)
+    loss = F.cross_entropy(model(given), y)
+    loss.backward()
+    optimizer.step(loss=loss.detach())
+    assert sizes == [(8, 3)]

@@ -1,7 +1,8 @@
 """The batch of a step once more: its loss, or products with its Gauss-Newton matrix, where the parameters are.
 
 Nothing is left behind: buffers and random numbers are afterwards what they were, and gradients are not touched. Layers draw the
-same random numbers as in the forward pass that follows the first :meth:`ObservedBatch.add`.
+same random numbers as in the forward pass that follows each :meth:`ObservedBatch.add`; where several follow each other without
+a forward pass between, as in the forward passes after the last of them, one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from conjugo._tensors import dot
 from conjugo.errors import check
@@ -33,6 +34,8 @@ class _Part(NamedTuple):
     loss_fn: Loss
     make: Callable[[], tuple[Any, Any]]
     weight: float
+    random: list[Tensor] | None
+    """The random state to begin with; None: go on after the part before."""
 
 
 class ObservedBatch:
@@ -45,7 +48,7 @@ class ObservedBatch:
         self._device = device
         self._group = group
         self._parts: list[_Part] = []
-        self._random = _random_state(device)
+        self._random: list[Tensor] = []  # when the last part was added
         kind = device.type
         self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.eps = 0.0
@@ -55,14 +58,19 @@ class ObservedBatch:
 
     def add(self, model: nn.Module, loss_fn: Loss, make: Callable[[], tuple[Any, Any]], weight: float) -> None:
         """One more micro-batch, which *make* gives."""
-        self._parts.append(_Part(model, loss_fn, make, weight))
+        random = _random_state(self._device)
+        # Nothing was drawn since the part before: the forward passes are still to come, in one sequence.
+        same = bool(self._parts) and all(torch.equal(a, b) for a, b in zip(random, self._random, strict=True))
+        self._random = random
+        self._parts.append(_Part(model, loss_fn, make, weight, None if same else random))
 
     def loss(self) -> float:
         """The mean loss over all micro-batches and ranks, each counting its weight; NaN or infinite if one of them is."""
         total = 0.0
         self.passes += FORWARD
         with self._undisturbed(), torch.no_grad():
-            for model, loss_fn, make, weight in self._parts:
+            for model, loss_fn, make, weight, random in self._parts:
+                _set_random_state(random)
                 inputs, targets = make()
                 with _autocast(self._device, self._autocast):
                     loss = loss_fn(_plain(model, keep_compiled=True)(inputs), targets)
@@ -71,6 +79,20 @@ class ObservedBatch:
                 total += weight * float(loss) if weight else 0.0
         value, weight = self._summed([total, sum(part.weight for part in self._parts)])
         return value / weight if weight else math.nan
+
+    def check_loss(self, given: float) -> None:
+        """Raise ValueError if the loss of the batch, computed here once more, is not the *given* one. Collective."""
+        found = self.loss()
+        # One that is not finite is left to the trials, which then fail alike.
+        most = (_DIFFERENT + _ROUNDING * self.eps) * max(abs(found), abs(given))
+        check(
+            not math.isfinite(found) or abs(found - given) <= most,
+            "NLCG",
+            "loss",
+            given,
+            f"the mean loss of the observed batch by the weights of its parts, {found}: pass observe_batch(..., weight=), "
+            "with which loss and gradient are averaged",
+        )
 
     def products(self, vectors: Sequence[Mapping[Tensor, Tensor]], fraction: float) -> list[list[float]]:
         """<v_i, G v_j> of *vectors* (of each parameter; 0 for others), where G is the mean over *fraction* of the examples.
@@ -81,12 +103,14 @@ class ObservedBatch:
         sums = torch.zeros(k, k, dtype=torch.float64)
         parts = self._some(fraction)
         with self._undisturbed():
-            for model, loss_fn, make, weight in parts:
+            for model, loss_fn, make, weight, random in parts:
+                _set_random_state(random)
                 outputs, targets, tangents = self._pushed(_plain(model), make, vectors)
                 if weight:
                     sums += weight * _curvature(loss_fn, outputs, targets, tangents)
-        self.passes += k * ALONG * sum(part.weight for part in parts) / sum(part.weight for part in self._parts)
-        *found, weight = self._summed([*sums.flatten().tolist(), sum(part.weight for part in parts)])
+        weights = [sum(part.weight for part in some) for some in (parts, self._parts)]
+        *found, weight, whole = self._summed([*sums.flatten().tolist(), *weights])
+        self.passes += k * ALONG * (weight / whole if whole else 1.0)
         return [[found[i * k + j] / weight if weight else math.nan for j in range(k)] for i in range(k)]
 
     # Inside ----------------------------------------------------------------------------------------------------------
@@ -131,7 +155,7 @@ class ObservedBatch:
         chosen: list[_Part] = []
         for part in self._parts:
             share = 1.0 if part.weight <= left else left / part.weight
-            left -= share * part.weight
+            left = max(0.0, left - share * part.weight)
             if share == 1.0:
                 chosen.append(part)
             elif share > 1e-9:
@@ -148,7 +172,7 @@ class ObservedBatch:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Inside, random numbers begin as in the step's forward pass; afterwards they and all buffers are what they were."""
+        """Afterwards random numbers and all buffers are what they were; sharded parameters are gathered anew inside."""
         from conjugo.distributed.virtual_batch import sharded_modules
 
         models = list(dict.fromkeys(part.model for part in self._parts))
@@ -156,7 +180,6 @@ class ObservedBatch:
         buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
         sharded = [module for model in models for module in sharded_modules(model)]
         random = _random_state(self._device)
-        _set_random_state(self._random)
         try:
             for module in sharded:  # whole parameters may be there still, which know nothing of a move
                 module.reshard()
@@ -184,6 +207,9 @@ def _curvature(loss_fn: Loss, outputs: Tensor, targets: Any, tangents: Sequence[
     return torch.stack([torch.stack([dot(t, hv) for hv in products]) for t in ts]).cpu().double()
 
 
+_DIFFERENT = 0.01
+_ROUNDING = 8.0
+
 _dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
 _parts: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
 
@@ -198,11 +224,16 @@ def _plain(model: nn.Module, *, keep_compiled: bool = False) -> nn.Module:
 
 
 def _first_rows(make: Callable[[], tuple[Any, Any]], share: float) -> Callable[[], tuple[Any, Any]]:
-    def made() -> tuple[Any, Any]:
-        def cut(x: Tensor) -> Tensor:
-            return x[: max(1, round(share * len(x)))] if x.ndim else x
+    """What *make* gives, cut to *share* of its examples: as many as the first tensor with dimensions in the inputs has rows."""
 
-        inputs, targets = tree_map_only(Tensor, cut, make())
+    def made() -> tuple[Any, Any]:
+        inputs, targets = make()
+        examples = next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), 0)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[: max(1, round(share * examples))] if x.ndim and len(x) == examples else x
+
+        inputs, targets = tree_map_only(Tensor, cut, (inputs, targets))
         return inputs, targets
 
     return made
@@ -216,7 +247,9 @@ def _random_state(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_random_state(state: Sequence[Tensor]) -> None:
+def _set_random_state(state: Sequence[Tensor] | None) -> None:
+    if state is None:
+        return
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state(state[1])

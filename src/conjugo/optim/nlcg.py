@@ -99,8 +99,8 @@ class NLCG(ScopedOptimizer):
             :func:`~conjugo.optim.parameter_groups` makes some of a model. Or the model itself: its parameters that need a
             gradient, without a *precond* in these groups, which leave embeddings and heads out of what is orthogonalised.
         lr: learning rate :math:`\geq 0`, a number or a 0-d tensor. None: 0.01 with Adam's scaling and the preconditioners for
-            matrices, else 0.1; there, one that is good for SGD with momentum is a good start. 1 where the step size looks at the
-            batch again.
+            matrices, else 0.1; there, one that is good for SGD with momentum is a good start. 1 where the step size
+            looks at the batch again.
         rule: ``"fr"`` (Fletcher-Reeves: a momentum that adapts) or ``"pr"`` (Polak-Ribiere: without an exact line
             search :math:`\beta` is 0 in most steps, so it is close to gradient descent); or ``"constant"``:
             :math:`\beta` is *beta_max* in every step after the first, the control that says what a computed one is worth.
@@ -430,12 +430,15 @@ class NLCG(ScopedOptimizer):
         After ``zero_grad()``, which forgets what was observed (a closure's does not). Once for each micro-batch, in their
         order. Loss and gradient must be averaged with the same weights: where micro-batches of different sizes all count the
         same, pass *weight* = 1, and the first step of ``"parabola"`` makes sure that the loss is the one given. ``"subspace"``
-        cuts the tensors with as many rows as the first one of the inputs, and no others. The step computes ``loss_fn(model(inputs), targets)``, in the autocast that
-        is active now (Subspace: without autocast); model, loss_fn and weight as for :meth:`measure`. inputs: may be a function
-        without arguments that makes inputs and targets when they are wanted; then *weight* is 1 unless it is given. Parameters,
-        gradients and buffers of the model and the random numbers of the process stay what they are.
+        cuts the tensors with as many rows as the first one of the inputs, and no others.
 
-        Raises ValueError where steps need no batch, *model* lacks a parameter, or *weight* is negative.
+        The step computes ``loss_fn(model(inputs), targets)``, in the autocast that is active now (Subspace: without
+        autocast); model, loss_fn and weight as for :meth:`measure`. inputs: may be a function without arguments that makes
+        inputs and targets when they are wanted; then *weight* is 1 unless it is given. Parameters, gradients and buffers of
+        the model and the random numbers of the process stay what they are.
+
+        Raises ValueError where steps need no batch, *model* lacks a parameter, or *weight* is negative. The first step with
+        ``"parabola"`` does where the mean loss of the batch differs from the given one by more than 1 % and rounding.
         """
         from conjugo.distributed.virtual_batch import group_of
 
@@ -691,9 +694,8 @@ class NLCG(ScopedOptimizer):
             self._count_skipped()
             self._last = self._last | {"skipped": ~finite}
             return
-        if isinstance(self.line_search, Parabola) and self._observed is not None:
-            if not float(self._of_eldest(self._rule_state(columns)[0], columns[0])[0]):
-                self._observed.check_loss(float(value))
+        if isinstance(self.line_search, Parabola):
+            self._check_first_loss(columns, float(value))
 
         # The authors measure the last step with today's learning rate.
         tau = lr * self._base(columns) if self.mode == "reference" else old.tau
@@ -761,6 +763,12 @@ class NLCG(ScopedOptimizer):
         length = lr * along
         passes.go(length, self._keep(length))
         return beta, Verdict(length, (0 * lr + found, extra + batch.passes)), gd, dd
+
+    def _check_first_loss(self, columns: Sequence[Array], loss: float) -> None:
+        """Raise ValueError where no step size is known yet and *loss* is not that of the batch. Collective."""
+        assert self._observed is not None
+        if not float(self._of_eldest(self._rule_state(columns)[0], columns[0])[0]):
+            self._observed.check_loss(loss)
 
     def _objective(self) -> Objective:
         """What the steps minimise. Raises ValueError where some groups ascend and others descend."""

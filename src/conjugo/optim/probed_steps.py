@@ -87,11 +87,14 @@ class Parabola(ProbedStep):
     * No curvature or a negative one: :math:`\alpha = t c`.
     * The loss at t is above f(0), and the minimum nearer than t / c: t / c is tried as well, and so on. That is rare, and
       without it a step that was much too long leads to more of them.
-    * The new loss is not finite: t / c is tried instead (t / 10 in the first step). If all *tries* fail nothing moves.
+    * The new loss is not finite: t / c is tried instead (t / 10 in the first step). If all *tries* fail nothing moves; if they
+      do in the first step, the next one is the first again.
     * After such trials :math:`\alpha` is at most the t of the last one.
     * d leads uphill, or is 0: no trial, and nothing moves; uphill :math:`\alpha` becomes :math:`\alpha / c`. It happens by
       rounding only, or with ``grad_scale`` and ``lars``, because the optimizer restarts with :math:`\beta = 0` where d would.
-    * The loss would change by less than its rounding error: :math:`\alpha = t`; in the first step 10 t is tried.
+    * Neither the loss nor what the slope says of it changes by more than rounding: :math:`\alpha = t c`, so that the trial
+      comes to where it says something, but at most 2 t; in the first step 10 t is tried.
+    * In the first step the loss at 0 is computed as well, and must be the one that was given.
 
     Args:
         growth: the most by which :math:`\alpha` changes with one trial, as a factor, above 1.
@@ -141,9 +144,11 @@ class Parabola(ProbedStep):
                 failed = True
                 t /= _LEAP if first else self.growth
                 continue
-            clear = -slope * t > _NOISE * eps() * abs(loss)
-            best = parabola_minimum(loss, slope, t, value) if clear else math.inf if first else t
-            low, high = t / self.growth, t if failed else t * self.growth
+            # A loss that rises is enough: its minimum is near, however flat the slope.
+            clear = max(-slope * t, abs(value - loss)) > _NOISE * eps() * abs(loss)
+            best = parabola_minimum(loss, slope, t, value) if clear else math.inf
+            most = self.growth if clear or first else min(self.growth, _BLIND)
+            low, high = t / self.growth, t if failed else t * most
             if first and not failed and not low <= best <= high and count < self.tries:
                 t = min(max(best, t / _LEAP), t * _LEAP)
                 continue
@@ -152,7 +157,7 @@ class Parabola(ProbedStep):
                 t = low
                 continue
             return Found(min(max(best, low), high), True, count)
-        return Found(t, False, self.tries)
+        return Found(0.0 if first else t, False, self.tries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +241,7 @@ NAMES: Mapping[str, Callable[[], ProbedStep]] = {"parabola": Parabola, "subspace
 """What they are called where options are words."""
 
 _LEAP = 10.0
+_BLIND = 2.0
 _NOISE = 4.0
 _SHORTEST = 1e-6
 
