@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -20,8 +21,21 @@ ROLES: tuple[Role, ...] = ("matrix", "vector", "embedding", "head")
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
-_POSITIONS = ("embed", "pos_emb", "position")
-"""Parts of names of parameters that are tables without a module of their own."""
+_TABLES = frozenset(
+    {"emb", "embs", "embed", "embeds", "embedding", "embeddings", "position", "positions", "positional"}
+)
+"""Words in the names of parameters that are tables without a module of their own."""
+
+_NO_TABLES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.modules.conv._ConvTransposeNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+)
+"""Modules whose weights are no tables, whatever they are called."""
 
 
 def roles(model: nn.Module, *, heads: Iterable[str] | None = None) -> dict[Tensor, Role]:
@@ -29,10 +43,12 @@ def roles(model: nn.Module, *, heads: Iterable[str] | None = None) -> dict[Tenso
 
     * ``"vector"``: has fewer than two dimensions, a single row or column as a matrix [out, in * ...], or is the kernel of a
       depthwise convolution, whose rows have nothing to do with each other;
-    * ``"embedding"``: the weight of an ``nn.Embedding`` or ``nn.EmbeddingBag``, also where a head shares it; tables by the
-      name of the parameter (with ``embed``, ``pos_emb`` or ``position`` in it), which belong to no linear layer or convolution;
-    * ``"head"``: the weights of the modules named in *heads*; None: of the last module that has a weight of its own with two
-      dimensions or more and is no embedding, in the order in which the model lists its modules;
+    * ``"embedding"``: the weight of an ``nn.Embedding`` or ``nn.EmbeddingBag``, also where a head shares it; tables by a
+      word in the name of the parameter or of its module (``emb``, ``embed``, ``embedding``, ``position``, ``positional``, and
+      plurals; ``_``, ``.`` and digits separate words), unless that is a linear, convolutional, attention or recurrent layer;
+    * ``"head"``: the weights of the modules named in *heads*, a name or several; None: of the last module that has a weight of
+      its own with two dimensions or more and is no table, in the order in which the model lists its modules. If that weight
+      is a vector, or shared with an embedding, it stays that, and no other layer is the head instead;
     * ``"matrix"``: all else.
 
     The model may be wrapped by DDP, ``fully_shard`` or ``torch.compile``; *heads* are names as in ``named_modules()`` then,
@@ -48,43 +64,46 @@ def roles(model: nn.Module, *, heads: Iterable[str] | None = None) -> dict[Tenso
     found: dict[Tensor, Role] = {}
     for name, module in modules.items():
         for own, p in module.named_parameters(recurse=False):
-            role = _role(module, f"{name}.{own}", p)
+            role = _role(module, name, own, p)
             if role == "embedding" or p not in found:
                 found[p] = role
-    for module in _heads(modules, found, heads):
+    for module in _heads(modules, heads):
         for p in module.parameters():
             if found[p] == "matrix":
                 found[p] = "head"
     return {p: found[p] for p in model.parameters()}
 
 
-def _role(module: nn.Module, name: str, p: Tensor) -> Role:
+def _is_table(module: nn.Module, name: str, own: str) -> bool:
+    """Whether the parameter called *own* of *module*, called *name*, is a table by its kind or by its name."""
+    # The name of the module, too: a table may be in one of its own. Not those around it, which hold other things as well.
+    words = re.split("[^a-z]+", f"{name.rpartition('.')[2]}.{own}".lower())
+    return isinstance(module, _EMBEDDINGS) or not (isinstance(module, _NO_TABLES) or _TABLES.isdisjoint(words))
+
+
+def _role(module: nn.Module, name: str, own: str, p: Tensor) -> Role:
     if p.ndim < 2 or min(shape_of(p)) == 1:
         return "vector"
-    if isinstance(module, _EMBEDDINGS):
-        return "embedding"
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.modules.conv._ConvTransposeNd)
     if (
         isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         and module.groups > 1
         and module.groups == module.in_channels
     ):
         return "vector"
-    # The whole name: a table may be in a module of its own.
-    table = any(part in name.lower() for part in _POSITIONS)
-    return "embedding" if table and not (convolution or isinstance(module, nn.Linear)) else "matrix"
+    return "embedding" if _is_table(module, name, own) else "matrix"
 
 
-def _heads(
-    modules: Mapping[str, nn.Module], found: Mapping[Tensor, Role], names: Iterable[str] | None
-) -> list[nn.Module]:
+def _heads(modules: Mapping[str, nn.Module], names: Iterable[str] | None) -> list[nn.Module]:
     if names is None:
-        last = [
-            module for module in modules.values() if any(found[p] == "matrix" for p in module.parameters(recurse=False))
+        # By dimensions, not by roles: a last layer that is a vector or tied is the last layer all the same.
+        weighty = [
+            module
+            for name, module in modules.items()
+            if any(p.ndim > 1 and not _is_table(module, name, own) for own, p in module.named_parameters(recurse=False))
         ]
-        return last[-1:]
+        return weighty[-1:]
     chosen = []
-    for wanted in names:
+    for wanted in [names] if isinstance(names, str) else names:
         matching = [m for name, m in modules.items() if name and (name == wanted or name.endswith(f".{wanted}"))]
         if not matching:
             unknown("roles heads", wanted, [name for name in modules if name])

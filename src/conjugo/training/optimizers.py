@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from conjugo._space import is_dtensor
 from conjugo.errors import unknown
 from conjugo.optim import CBLR, FRSGD, LAMB, LARS, MCLR, NLCG, AdaGradNorm, parameter_groups
+from conjugo.optim.probed_steps import NAMES, ProbedStep
 from conjugo.training.rivals import MuonAdamW, muon_groups, soap
 
 __all__ = ["Entry", "Tunable", "build", "entry", "names"]
@@ -162,9 +163,10 @@ def build(
     """The optimizer called *name* for *params*: tensors, parameter groups, or a model.
 
     Of a model, ``nlcg-orthogonal`` and ``muon`` leave out embeddings and heads (:func:`conjugo.optim.roles`); otherwise they go
-    by the shapes of parameters. lr: None takes that of the catalogue. weight_decay: coupled, but decoupled with ``adamw``,
-    ``lamb``, ``muon`` and ``soap``. decay_vectors: whether it acts on parameters with one dimension too. options: keyword
-    arguments of the optimizer, over those of the catalogue; ``beta1`` and ``beta2`` stand for the two parts of ``betas``.
+    by the shapes of parameters, and both by ``precond`` or ``matrices`` alone where that is said. lr: None takes that of the
+    catalogue. weight_decay: coupled, but decoupled with ``adamw``, ``lamb``, ``muon`` and ``soap``. decay_vectors: whether it
+    acts on parameters with one dimension too. options: keyword arguments of the optimizer, over those of the catalogue;
+    ``beta1`` and ``beta2`` stand for the two parts of ``betas``.
     torch's own SGD and AdamW are the fused ones, on CPU and GPU, where torch has them for the parameters.
 
     Raises UnknownName for a name or an option that does not exist, and whatever the optimizer raises for bad values.
@@ -175,12 +177,16 @@ def build(
     """
     found = entry(name)
     if isinstance(params, nn.Module):
-        by_role = found.groups is not None and "precond" not in options
+        said = "precond" in options or options.get("matrices") is not None  # over what the groups would say
+        by_role = found.groups is not None and not said
         params = found.groups(params) if by_role and found.groups else params.parameters()
     listed: list[Any] = [_listed(item) if isinstance(item, dict) else item for item in params]
     if not decay_vectors:
         listed = _without_decay(listed)
-    arguments = {"lr": found.lr if lr is None else lr, "weight_decay": weight_decay, **found.options, **options}
+    if lr is None:  # a step size that looks at the batch again wants a factor near 1
+        search = options.get("line_search")
+        lr = 1.0 if isinstance(search, ProbedStep) or search in tuple(NAMES) else found.lr
+    arguments = {"lr": lr, "weight_decay": weight_decay, **found.options, **options}
     _check_options(found, options)
     _join_betas(found, arguments)
     if _may_be_fused(found.factory, listed):
