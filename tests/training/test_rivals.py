@@ -57,6 +57,48 @@ def test_memory_layout_does_not_matter():
     assert (got[0] - network()[0].weight).abs().max() > 0.02
 
 
+@pytest.mark.parametrize("dims", [(1, 0, 2), (2, 0, 1), (0, 2, 1), (1, 2, 0)])
+def test_a_layout_that_is_no_view_of_a_matrix_is_trained_all_the_same(dims):
+    torch.manual_seed(0)
+    values, gradients = torch.randn(32, 64, 24).double(), torch.randn(2, 32, 64, 24).double()
+    odd = nn.Parameter(values.clone().permute(dims))
+    plain = nn.Parameter(values.permute(dims).contiguous())
+    ways = []
+    for p in (odd, plain):
+        optimizer = MuonAdamW([p], lr=0.01, weight_decay=0.1, matrices=lambda p: True)
+        for gradient in gradients:
+            p.grad = gradient.permute(dims)
+            optimizer.step()
+        ways.append(p.detach())
+    torch.testing.assert_close(ways[0], ways[1], rtol=0, atol=1e-3)
+    assert (ways[0] - values.permute(dims)).abs().max() > 0.01
+    assert odd.stride() == values.permute(dims).stride()
+
+
+def test_the_count_of_steps_moves_to_its_parameter():
+    """As in a state of a GPU that was read onto the CPU; a meta device stands for the GPU."""
+    p = nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = MuonAdamW([p])
+    for fused in (False, True):
+        optimizer.state[p] = {"step": torch.tensor(3.0)}
+        inner = torch.optim.SGD([p], lr=0.1)  # without a gradient it does nothing
+        inner.defaults["fused"] = fused
+        optimizer._step_with(inner, [p], [p])
+        assert optimizer.state[p]["step"].device.type == ("meta" if fused else "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_state_read_onto_the_cpu_goes_on_on_a_gpu(tmp_path):
+    model = nn.Linear(4, 4, device="cuda")
+    optimizer = MuonAdamW(model.parameters())
+    for _ in range(2):
+        model(torch.ones(2, 4, device="cuda")).sum().backward()
+        optimizer.step()
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        optimizer = MuonAdamW(model.parameters())
+        optimizer.load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu"))
+
+
 @pytest.mark.parametrize("name", ["muon", "soap"])
 def test_resumes(name):
     if name == "soap":

@@ -7,6 +7,7 @@ of :class:`conjugo.optim.Kronecker`. Both are one optimizer object: schedules, `
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -92,7 +93,7 @@ class MuonAdamW(Optimizer):
         return bool(self._matrices(p) if group["matrices"] is None else group["matrices"])
 
     def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Muon on views of *params*, which share memory and state with them."""
+        """Muon on *params* as matrices, which share state with them, and memory where their layout allows it."""
         if not params:
             return
         views = [_as_matrix(p.detach(), p) for p in params]
@@ -107,6 +108,10 @@ class MuonAdamW(Optimizer):
             adjust_lr_fn="match_rms_adamw",
         )
         self._step_with(inner, params, views)
+        for p, view in zip(params, views):
+            if not _may_be_viewed(p):  # then that was a copy
+                rows = _in_memory_order(p.detach(), p)
+                rows.copy_(view.reshape(rows.shape))
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
@@ -118,7 +123,11 @@ class MuonAdamW(Optimizer):
     def _step_with(self, inner: Optimizer, params: list[Tensor], stand_ins: list[Tensor]) -> None:
         """A step of *inner*, made for this step only: the state is kept here, where state_dict finds it."""
         for p, stand_in in zip(params, stand_ins):
-            inner.state[stand_in] = self.state[p]
+            state = self.state[p]
+            if inner.defaults.get("fused") and "step" in state:
+                # A checkpoint that was read onto the CPU leaves it there; fused steps want it beside p.
+                state["step"] = state["step"].to(p.device)
+            inner.state[stand_in] = state
         inner.step()
 
 
@@ -135,9 +144,21 @@ def muon_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def _as_matrix(tensor: Tensor, p: Tensor) -> Tensor:
     """*tensor*, of the shape of *p*, as [out, rest], the rest in the order in which it lies in the memory of *p*: so that
-    parameters in another memory layout are views, too (the order of columns means nothing to Muon)."""
+    parameters in most other memory layouts are views, too (the order of columns means nothing to Muon)."""
+    return _in_memory_order(tensor, p).reshape(p.shape[0], -1)
+
+
+def _in_memory_order(tensor: Tensor, p: Tensor) -> Tensor:
+    """A view of *tensor*, of the shape of *p*, with all dimensions but the first as they lie in the memory of *p*."""
     order = sorted(range(1, p.ndim), key=lambda i: p.stride(i), reverse=True)
-    return tensor.permute(0, *order).reshape(p.shape[0], -1)
+    return tensor.permute(0, *order)
+
+
+def _may_be_viewed(p: Tensor) -> bool:
+    """Whether ``_as_matrix(p, p)`` shares memory with *p*: its columns lie in one even stride."""
+    rows = _in_memory_order(p.detach(), p)
+    dims = [(size, stride) for size, stride in zip(rows.shape[1:], rows.stride()[1:]) if size != 1]
+    return all(outer == size * stride for (_, outer), (size, stride) in itertools.pairwise(dims))
 
 
 def soap(
