@@ -14,7 +14,7 @@ from rich.console import Console
 from conjugo.errors import UnknownName
 from conjugo.studies.plans import FIRST_TUNING_SEED
 from conjugo.studies.records import Outcome, Run
-from conjugo.studies.reproduce import frontier, frontier_text, paper, reproduce
+from conjugo.studies.reproduce import frontier, frontier_tasks, frontier_text, paper, reproduce
 from conjugo.studies.reproduce.frontier import experiment
 from conjugo.studies.reproduce.frontier_plan import FAMILIES, FrontierPlan, cpu_plan, digest, gpu_plan, markdown
 from conjugo.studies.reproduce.frontier_search import MOST, Search, Searched
@@ -417,6 +417,50 @@ def test_costs_are_measured(task):
     assert found["adamw"].state == pytest.approx(2.0, abs=0.01)
     assert 1 <= found["muon"].state < 2
     assert all(cost.step > 0 and cost.passes > 0 for cost in found.values())
+
+
+def test_costs_keep_no_graph_of_other_micro_batches(monkeypatch):
+    task = cpu_plan().settings["digits-mlp"]
+    train = replace(task.train, micro_batch=16, device="cpu")
+    seen = []
+
+    def cross_entropy(logits, targets, real=torch.nn.functional.cross_entropy):
+        logits.register_hook(lambda gradient: seen.append("backward"))
+        seen.append("forward")
+        return real(logits, targets)
+
+    device = torch.device("cpu")
+    whole, parts = (frontier_tasks._problem(replace(task, batch_size=size, train=train), device) for size in (16, 64))
+    whole[1]()
+    monkeypatch.setattr(frontier_tasks.F, "cross_entropy", cross_entropy)
+    parts[1]()
+    assert seen == ["forward", "backward"] * 4
+    for a, b in zip(parts[0].parameters(), whole[0].parameters()):  # four times the same 16 examples
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_costs_are_those_of_the_device_of_the_runs(shakespeare, monkeypatch):
+    devices = []
+
+    def problem(setting, device):
+        devices.append(device.type)
+        return torch.nn.Linear(2, 2), lambda: None
+
+    monkeypatch.setattr(frontier_tasks, "_problem", problem)
+    monkeypatch.setattr(frontier_tasks, "choose_device", lambda name: torch.device("meta" if name == "auto" else name))
+    monkeypatch.setattr(frontier_tasks, "_now", lambda device: 0.0)
+    digits = cpu_plan().settings["digits-mlp"]
+    on_cpu = replace(digits, train=replace(digits.train, device="cpu"))
+    for setting in (digits, on_cpu, *shakespeare.settings.values()):
+        costs(setting, ["nesterov"], repetitions=1)
+    assert devices == ["meta", "cpu", "cpu"]
+
+
+def test_weight_decay_at_the_larger_scale():
+    for task in gpu_plan().settings.values():
+        decays = {name: frontier_tasks.decay(task.train, name) for name in task.contenders}
+        assert {name for name, value in decays.items() if value == 2e-4} == {"nesterov"}
+        assert all(value == pytest.approx(0.1) for name, value in decays.items() if name != "nesterov")
 
 
 def test_an_accelerator_is_wanted_for_the_large_one(tmp_path, monkeypatch):

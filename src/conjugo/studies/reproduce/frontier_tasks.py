@@ -132,15 +132,16 @@ def _costs(setting: Setting, names: list[str], repetitions: int) -> dict[str, Co
 
 
 def _steps(setting: Setting, name: str) -> Iterator[tuple[float, float, float]]:
-    device = choose_device("auto")
-    model, loss = _problem(setting, device)
+    # The transformer is trained on the CPU.
+    device = choose_device("cpu" if setting.train is None else setting.train.device)
+    model, backward = _problem(setting, device)
     family = FAMILIES[name]
     optimizer = optimizers.build(family.optimizer, model, lr=1e-4, **options(name, family.variants[0]))
     parameters = sum(p.numel() for p in model.parameters())
     while True:
         optimizer.zero_grad()
         begun = _now(device)
-        loss().backward()  # type: ignore[no-untyped-call]
+        backward()
         passed = _now(device)
         optimizer.step()
         yield _now(device) - passed, passed - begun, _floats(list(optimizer.state.values())) / parameters
@@ -154,8 +155,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _problem(setting: Setting, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A model and the loss of one batch."""
+def _problem(setting: Setting, device: torch.device) -> tuple[nn.Module, Callable[[], None]]:
+    """A model, and what adds the gradient of one batch, micro-batch by micro-batch, to those of its parameters."""
     from conjugo.training import models
 
     torch.manual_seed(0)
@@ -163,7 +164,7 @@ def _problem(setting: Setting, device: torch.device) -> tuple[nn.Module, Callabl
         text = load_text()
         transformer = CharTransformer(text.vocabulary).to(device)
         sequences = text.train[: setting.batch_size * (CONTEXT + 1)].view(setting.batch_size, CONTEXT + 1).to(device)
-        return transformer, lambda: loss_of(transformer, sequences)
+        return transformer, lambda: loss_of(transformer, sequences).backward()  # type: ignore[no-untyped-call]
     data = _whole(setting.train)
     assert setting.train.model is not None
     model = models.build(setting.train.model, input_shape=data.input_shape, num_classes=data.num_classes).to(device)
@@ -173,15 +174,14 @@ def _problem(setting: Setting, device: torch.device) -> tuple[nn.Module, Callabl
     parts = max(1, round(setting.batch_size / size))
     half = setting.train.precision == "bfloat16"
 
-    def loss() -> Tensor:
-        total = torch.zeros((), device=device)
+    def backward() -> None:
         for _ in range(parts):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
                 logits = model(images)
-            total = total + F.cross_entropy(logits.float(), targets) / parts
-        return total
+            loss = F.cross_entropy(logits.float(), targets) / parts
+            loss.backward()  # type: ignore[no-untyped-call]  # at once: no graph outlives its micro-batch
 
-    return model, loss
+    return model, backward
 
 
 def _floats(value: Any) -> int:
