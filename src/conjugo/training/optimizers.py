@@ -162,11 +162,11 @@ def build(
 ) -> Optimizer:
     """The optimizer called *name* for *params*: tensors, parameter groups, or a model.
 
-    Of a model, ``nlcg-orthogonal`` and ``muon`` leave out embeddings and heads (:func:`conjugo.optim.roles`); otherwise they go
-    by the shapes of parameters, and both by ``precond`` or ``matrices`` alone where that is said. lr: None takes that of the
-    catalogue. weight_decay: coupled, but decoupled with ``adamw``, ``lamb``, ``muon`` and ``soap``. decay_vectors: whether it
-    acts on parameters with one dimension too. options: keyword arguments of the optimizer, over those of the catalogue;
-    ``beta1`` and ``beta2`` stand for the two parts of ``betas``.
+    Of a model, ``nlcg-orthogonal`` and ``muon`` leave out embeddings and heads (:func:`conjugo.optim.roles`); otherwise they
+    go by the shapes of parameters, and both by ``precond`` or ``matrices`` alone where that is said. lr: None takes that of
+    the catalogue, 1 with a *line_search* that looks at the batch again. weight_decay: coupled, but decoupled with ``adamw``,
+    ``lamb``, ``muon`` and ``soap``. decay_vectors: whether it acts on parameters with one dimension too. options: keyword
+    arguments of the optimizer, over those of the catalogue; ``beta1`` and ``beta2`` stand for the two parts of ``betas``.
     torch's own SGD and AdamW are the fused ones, on CPU and GPU, where torch has them for the parameters.
 
     Raises UnknownName for a name or an option that does not exist, and whatever the optimizer raises for bad values.
