@@ -173,6 +173,8 @@ def test_what_an_optimizer_is_goes_by_itself_and_not_by_its_name(given, power, f
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in ("nlcg-hutchinson", "nlcg-gauss-newton")])
 def test_every_optimizer_of_the_catalogue_can_be_asked_about(name):
+    if name == "soap":
+        pytest.importorskip("pytorch_optimizer")
     found = advise(network(), F.cross_entropy, data(), name, mode="fast", max_examples=20_000)
     assert found.target_loss < 0.75
 

@@ -10,7 +10,7 @@ from conjugo.training import data, optimizers
 @pytest.mark.parametrize("name", ["demo", "cifar10"])
 def test_presets_are_honest_comparisons(name):
     preset = presets()[name]
-    assert {"nlcg", "momentum", "nesterov", "adamw", "lars", "lamb"} <= set(preset.optimizers)
+    assert {"nlcg", "momentum", "adamw", "lars", "lamb"} <= set(preset.optimizers)
     assert preset.seeds >= 2
     assert preset.trials >= 5
     assert CompareConfig.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset

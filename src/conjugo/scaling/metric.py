@@ -40,7 +40,7 @@ def diagonal_metric(optimizer: Optimizer) -> dict[Tensor, Tensor]:
 def _divisor(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
     """What the gradient of a parameter is divided by; None: nothing, or it is not known."""
     eps = float(group.get("eps", 0.0))
-    if "exp_avg_sq" in state:
+    if "exp_avg_sq" in state and "step" in state:  # SOAP's, in an eigenbasis, are no diagonal and come without
         variance: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])
         seen = 1 - float(group["betas"][1]) ** float(state["step"])
         scale: Tensor = (variance / seen).sqrt() + eps
