@@ -77,7 +77,9 @@ def test_whole_matrices_on_every_rank(world, spread, alone):
     compare(ranks.run(world, fits, "ddp", options_of(spread=spread)), alone)
 
 
-@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("tp", 2)])
+@pytest.mark.parametrize(
+    ("kind", "world"), [("fsdp", 2), ("fsdp", 4), pytest.param("hsdp", 4, marks=pytest.mark.slow), ("tp", 2)]
+)
 def test_matrices_that_are_cut(kind, world, alone):
     """Rows that two ranks, and four, share unevenly; columns in tensor parallelism."""
     compare(ranks.run(world, fits, kind, MATRICES), alone)
@@ -101,7 +103,7 @@ def test_what_acts_on_single_values_may_be_cut(kind, world, alone):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("spread", [None, True])
+@pytest.mark.parametrize("spread", [pytest.param(None, marks=pytest.mark.slow), True])
 def test_matrices_that_are_cut_in_two_ways(spread, alone):
     compare(ranks.run(4, fits, "fsdp x tp", options_of(spread=spread)), alone)
 
@@ -186,7 +188,7 @@ WORLDS = [
 
 
 @pytest.mark.parametrize(("world", "layout"), WORLDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_every_layout_takes_the_steps_of_one_process(world, layout, dtype, steps_of_one_process):
     everyone = ranks.run(world, walks, layout, True, dtype)
     for name, wanted in steps_of_one_process[dtype].items():
@@ -226,7 +228,9 @@ def resumed(layout, spread, dtype):
 @pytest.mark.parametrize(
     ("dtype", "layout"),
     [
-        pytest.param(dtype, layout, marks=pytest.mark.slow if at and layout != "fsdp" else [])
+        pytest.param(
+            dtype, layout, marks=pytest.mark.slow if (at and layout != "fsdp") or layout == "mixed meshes" else []
+        )
         for at, dtype in enumerate((torch.float64, torch.bfloat16))
         for layout in PLACES
     ],
