@@ -253,6 +253,8 @@ def test_bad_names_change_nothing():
     w = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match=r"precond.*'othogonal'.*orthogonal"):
         NLCG([{"params": [w], "precond": "othogonal"}], lr=0.1)
+    with pytest.raises(ValueError, match=r"precond"):
+        NLCG([w], precond="")
     optimizer = NLCG([w], lr=0.1)
     given = {"params": [nn.Parameter(torch.zeros(3))], "precond": "adam", "lr": -1.0}
     with pytest.raises(ValueError, match="lr"):
@@ -264,7 +266,10 @@ def test_bad_names_change_nothing():
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 def test_it_goes_on_bit_for_bit(how):
     model, inputs, targets = _problem()
-    make = lambda m: NLCG(parameter_groups(m, head={"precond": "bfgs"}), lr=0.02, beta_max=0.9)  # noqa: E731
+
+    def make(model: nn.Module) -> NLCG:
+        return NLCG(parameter_groups(model, head={"precond": "bfgs"}), lr=0.02, beta_max=0.9)
+
     optimizer = make(model)
     _train(model, optimizer, inputs, targets, 3)
     if how == "state_dict":

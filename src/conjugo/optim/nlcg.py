@@ -243,7 +243,9 @@ class NLCG(ScopedOptimizer):
         if isinstance(params, nn.Module):
             by_role = precond is None and mode == "exact"
             params = parameter_groups(params) if by_role else [p for p in params.parameters() if p.requires_grad]
-        self.precond = self._preconditioner(precond or ("orthogonal" if mode == "exact" else "bfgs"))
+        if precond is None:
+            precond = "orthogonal" if mode == "exact" else "bfgs"
+        self.precond = self._preconditioner(precond)
         self.preconds: list[Preconditioner] = []
         """That of each group."""
         self.line_search = self._step_size(line_search, period, threshold)
@@ -287,15 +289,10 @@ class NLCG(ScopedOptimizer):
             for name, value in _usual(precond, self.line_search).items():
                 if self._usual[name]:
                     param_group.setdefault(name, value)
-        others = [own for own in self.preconds if isinstance(own, CurvatureDiagonal) and own != precond]
-        if isinstance(precond, CurvatureDiagonal) and others:
-            check(
-                False,
-                "NLCG",
-                "precond",
-                precond,
-                f"the same as in other groups where curvature is measured, {others[0]}",
-            )
+        if isinstance(precond, CurvatureDiagonal):
+            measuring = self._measuring or precond
+            same = f"the same as in other groups where curvature is measured, {measuring}"
+            check(precond == measuring, "NLCG", "precond", precond, same)
         learns = f"False with {type(precond).__name__}, which learns from steps along d"
         check(not (self.nesterov and precond.learns_from_steps), "NLCG", "nesterov", True, learns)
         self.preconds.append(precond)
