@@ -123,7 +123,11 @@ def test_shards_of_one_rank_are_whole(name, alone):
 
 SHAPES = [(6, 5), (), (5, 2, 3), (7,), (2, 9), (4, 4)]
 """A scalar, which is never cut, between matrices; fewer rows than ranks; a square, whose factors look like it."""
-PLACES = ["whole", "slices", "fsdp", "tensor parallel", "mixed with whole", "mixed meshes", "hsdp"]
+CUT = ["fsdp", "tensor parallel", "mixed with whole"]
+SLOW = ["mixed meshes"]
+FOUR = [*SLOW, "hsdp"]
+"""Those that want four ranks; cuts over two dimensions of a mesh are among the tests above, too."""
+PLACES = ["whole", "slices", *CUT, *FOUR]
 GROUPS = {
     "one group": lambda ps: [{"params": ps}],
     "two groups": lambda ps: [{"params": ps[::2]}, {"params": ps[1::2], "beta_max": 0.5}],
@@ -181,7 +185,7 @@ def steps_of_one_process():
 
 
 WORLDS = [
-    pytest.param(world, layout, marks=pytest.mark.slow if world == 2 and layout not in ("whole", "slices") else [])
+    pytest.param(world, layout, marks=pytest.mark.slow if layout in SLOW or (world == 2 and layout in CUT) else [])
     for layout in PLACES
     for world in ((2, 4) if layout == "mixed meshes" else (4,) if layout == "hsdp" else (2, 3))
 ]
@@ -228,15 +232,13 @@ def resumed(layout, spread, dtype):
 @pytest.mark.parametrize(
     ("dtype", "layout"),
     [
-        pytest.param(
-            dtype, layout, marks=pytest.mark.slow if (at and layout != "fsdp") or layout == "mixed meshes" else []
-        )
+        pytest.param(dtype, layout, marks=pytest.mark.slow if (at and layout != "fsdp") or layout in FOUR else [])
         for at, dtype in enumerate((torch.float64, torch.bfloat16))
         for layout in PLACES
     ],
 )
 def test_a_resumed_run_is_the_same_run_bit_for_bit(dtype, layout):
-    for good in ranks.run(4 if layout in ("hsdp", "mixed meshes") else 2, resumed, layout, True, dtype):
+    for good in ranks.run(4 if layout in FOUR else 2, resumed, layout, True, dtype):
         assert all(good.values()), [at for at, same in good.items() if not same]
 
 
